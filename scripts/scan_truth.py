@@ -35,10 +35,15 @@ def flat(tree: object) -> np.ndarray:
     return np.concatenate([np.asarray(leaf).reshape(len(leaf), -1) for leaf in jax.tree.leaves(tree)], axis=1)
 
 
+def flat_gradients(lm: js.LanguageModel, adapter: js.Adapter, turns: Sequence[Turn], groups: int) -> np.ndarray:
+    """Of each group of turns, the gradient of the mean log-probability of its tokens, `[groups, numbers]`."""
+    every = group_gradients(lm, adapter, turns, groups)
+    return np.concatenate([flat(jax.tree.map(lambda x: np.asarray(x)[None], tree)) for tree in every])
+
+
 def gradients(lm: js.LanguageModel, turns: Sequence[Turn]) -> np.ndarray:
     """Of each turn, the gradient of the log-probability of its tokens by the vector, `[turns, D]`."""
-    every = group_gradients(lm, js.init_steering(lm.config, layers=(LAYER,)), turns, len(turns))
-    means = np.concatenate([flat(jax.tree.map(lambda x: np.asarray(x)[None], tree)) for tree in every])
+    means = flat_gradients(lm, js.init_steering(lm.config, layers=(LAYER,)), turns, len(turns))
     return means * np.asarray([[len(turn.tokens) - turn.content] for turn in turns])
 
 

@@ -31,7 +31,7 @@ from jsublim.inference import batching, decoding, generation, scoring
 from jsublim.inference.batching import LENGTH_STEP, PREFIX_STEP, PROMPT_STEP, round_up
 from jsublim.inference.sampling import Sampling
 from jsublim.models.config import ModelConfig
-from jsublim.models.decoder import Params, abstract_params
+from jsublim.models.decoder import Branches, Params, abstract_params
 from jsublim.models.lora import Adapter, at_every_layer, init_steering, stack_adapters
 from jsublim.models.parallel import ARM_ROWS, ARMS, ROWS, WHOLE, Layout, model_axis_for
 from jsublim.pipeline.cost import Lengths, Sizes
@@ -207,8 +207,8 @@ def _decoding(
     stacked = layout.shapes(stacked, layout.state_sharding(stacked, ("arm",)))
     P = round_up(case.lengths.system, PROMPT_STEP) if samples == 1 else 0
     T = round_up(prompt, LENGTH_STEP)
-    sizes = generation.BatchSizes.of(max(1, rows // A), layout.data, prompts, samples)
-    B, read, filled = (sizes.devices * n for n in (sizes.places, sizes.prompts, sizes.rows))
+    sizes = generation.BatchSizes.of(config, max(1, rows // A), layout.data, [T] * prompts, samples)
+    B, read, filled, lines = (sizes.devices * n for n in (sizes.places, sizes.prompts, sizes.rows, sizes.lines))
     slots, dtype = P + round_up(T + new, LENGTH_STEP), jnp.dtype(case.experiment.dtype)
     params = case.placed_params(layout)
     batch = jax.eval_shape(lambda: decoding.empty(config, A, B, slots, new, dtype))
@@ -218,7 +218,8 @@ def _decoding(
         begun = jax.eval_shape(functools.partial(decoding.beginning, config), case.params, stacked, _ints(A, P))
         begun = layout.shapes_as(ARMS, begun)
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    asked = decoding.Prompts(_ints(A, read, T), _ints(A, read, T, dtype=bool), _ints(A, B), _ints(A, B))
+    line = _ints(A, lines, sizes.tokens)
+    asked = decoding.Prompts(line, Branches(line, line), *(_ints(A, n) for n in (read, read, B, B)))
     asked = layout.shapes_as(ARM_ROWS, asked)
     key, stop = layout.shapes_as(WHOLE, (key, generation.stop_array(Sampling())))
     numbers = layout.shapes_as(ROWS, generation.sampling_arrays(Sampling(), B))
@@ -228,7 +229,7 @@ def _decoding(
     fill = functools.partial(decoding.fill.lower, config, params, stacked, begun, batch, asked, key, layout)
     limits = numbers, stop, enough, None
     advance = functools.partial(decoding.advance.lower, config, params, stacked, batch, *limits, layout, _ints(), room)
-    reading, drawing = A * case.sizes.forward(read * T, read), A * case.sizes.forward(B, B)
+    reading, drawing = A * case.sizes.forward(lines * sizes.tokens, read), A * case.sizes.forward(B, B)
     return [
         StageProgram(f"prompts: {filled} rows begin", fill, reading, runs=B / filled, held=held),
         StageProgram(f"tokens: one for each of {A * B} rows", advance, drawing, runs=new, held=held),

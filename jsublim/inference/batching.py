@@ -18,6 +18,7 @@ PROMPT_STEP = 16  # tokens that all prompts of a sampling begin with
 PREFIX_STEP = 8  # tokens of a shared prefix, and of completions that are scored
 TRAINING_STEP = 16  # tokens of rows that are trained on, and their supervised positions
 
+FEW_LINES = 16  # of a device: as many rows have a line each
 ROWS_EACH = 64  # rows that a device samples or reads at one time, where nobody says
 LONGEST = 512  # tokens of a row, for what its cache may take
 MOST_ROWS = 1024  # that are sampled or read at one time
@@ -59,14 +60,6 @@ def chunks(count: int, size: int) -> Iterator[slice]:
     return (slice(first, min(first + size, count)) for first in range(0, count, size))
 
 
-def by_length(lengths: Sequence[int], step: int = LENGTH_STEP) -> list[tuple[int, list[int]]]:
-    """Bucket lengths, ascending, each with the indices of its rows, in order."""
-    buckets: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        buckets.setdefault(round_up(length, step), []).append(index)
-    return sorted(buckets.items())
-
-
 Batches = list[tuple[int, np.ndarray]]  # of each the number of its first row, and the line of each of its rows, int [n]
 
 
@@ -79,13 +72,11 @@ def in_lines(lengths: np.ndarray, tokens: int, most: int, devices: int = 1) -> t
     """Consecutive rows in batches of lines of so many tokens, where short rows stand one after another in a line: how many lines a batch has, at
     most about `most` and divisible by the devices, and the batches. Few rows have a line each: what they would save is less than the
     compilation of another shape."""
-    if len(lengths) <= ROWS_EACH * devices:
+    if len(lengths) <= FEW_LINES * devices:
         most = min(most, len(lengths))
         return round_up(most, devices), [(p.start, np.arange(p.stop - p.start)) for p in chunks(len(lengths), most)]
     if lengths.sum() < most * tokens:
-        needed = _first_fit(lengths, tokens, len(lengths))
-        assert needed is not None, "a line for each"
-        most = min(most, round_up(int(needed.max()) + 1, ROWS_EACH))
+        most = min(most, round_up(lines_needed(lengths, tokens), FEW_LINES // 2))
     lines, batches, first = round_up(most, devices), Batches(), 0
     while first < len(lengths):
         fit = min(lines, len(lengths) - first)  # a line each
@@ -100,6 +91,13 @@ def in_lines(lengths: np.ndarray, tokens: int, most: int, devices: int = 1) -> t
         batches.append((first, line))
         first += fit
     return lines, batches
+
+
+def lines_needed(lengths: Sequence[int] | np.ndarray, tokens: int) -> int:
+    """In how many lines of so many tokens rows of these lengths have room."""
+    line = _first_fit(np.asarray(lengths), tokens, len(lengths))
+    assert line is not None, "a line for each"
+    return int(line.max()) + 1
 
 
 def _first_fit(lengths: np.ndarray, tokens: int, lines: int) -> np.ndarray | None:

@@ -6,26 +6,30 @@ batch it is in nor on when it got there (up to ties within float rounding). On s
 arm's rows: places, their caches and the prompts that are read into them are on one device each, and all that devices tell one
 another is how many rows have ended.
 
-Letters as in `models/layers.py`; A arms, N tokens that a row may draw, n prompts that are read at once, P tokens that all
-prompts begin with.
+Letters as in `models/layers.py`; A arms, N tokens that a row may draw, n prompts that are read at once, in l lines, P tokens that
+all prompts begin with.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from jsublim.inference.batching import branched
+from jsublim.inference.batching import fill as fill_rows
 from jsublim.inference.constrain import Limits, Within, choose_within
 from jsublim.inference.sampling import choose
 from jsublim.inference.scoring import prefix_cache
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
-from jsublim.models.decoder import KV, Params
+from jsublim.models.decoder import KV, Branches, Params
 from jsublim.models.layers import Remember, Seen, rope_table
 from jsublim.models.lora import Adapter, bind
 from jsublim.models.parallel import ARM_ROWS, ARMS, HERE, ROWS, WHOLE, Layout
@@ -111,12 +115,31 @@ def beginning(config: ModelConfig, params: Params, adapters: Adapter, tokens_AP:
 
 
 class Prompts(NamedTuple):
-    """The prompts that `fill` reads, per arm. On several devices the prompts are those of one device after another's, and each counts its own."""
+    """The prompts that `fill` reads, per arm, one after another in lines, where each sees itself alone. On several devices they are those of one
+    device after another's, and each counts its own lines and prompts."""
 
-    tokens: Array  # int32 [n, T], padded on the right
-    valid: Array  # bool [n, T]
+    tokens: Array  # int32 [l, T]
+    branches: Branches  # of those, [l, T] each: 1 + the number of the prompt, 0 where there is none
+    first: Array  # int32 [n], where a prompt begins, counted through all lines
+    count: Array  # int32 [n], its tokens
     prompt: Array  # int32 [B], that of the row which begins in a place of the batch, -1 if none does
     row: Array  # int32 [B], that row's number
+
+    @classmethod
+    def of(cls, lines: Sequence[Sequence[np.ndarray]], T: int, n: int, prompt: Any, row: Any, P: int = 0) -> Prompts:
+        """Prompts (int32, at most n) in lines of T tokens, on the host and of one arm; P tokens stand before each."""
+        lengths, number = [[len(tokens) for tokens in line] for line in lines], np.zeros(0, np.int32)
+        laid = [branched(0, of_line) for of_line in lengths]
+        earlier = np.cumsum([0, *map(len, lines)])  # prompts in the lines above
+        branches = Branches(
+            fill_rows([P + positions for positions, _ in laid], T, number),  # type: ignore[arg-type]
+            fill_rows([before + branch for before, (_, branch) in zip(earlier, laid, strict=False)], T, number),  # type: ignore[arg-type]
+        )
+        tokens = fill_rows([np.concatenate([*line, number]) for line in lines], T, number)
+        first, count = np.zeros((2, n), np.int32)
+        count[: earlier[-1]] = [*itertools.chain(*lengths)]
+        first[: earlier[-1]] = [i * T + at for i, each in enumerate(lengths) for at in np.cumsum([0, *each])[:-1]]
+        return cls(tokens, branches, first, count, np.asarray(prompt, np.int32), np.asarray(row, np.int32))  # type: ignore[arg-type]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layout"), donate_argnames="batch")
@@ -151,15 +174,14 @@ def _fill(
     """One arm's part of `fill`."""
     prefix = None if begun is None else begun.cache
     params, adapter = bind(params, adapter)
-    h, cache = decoder.hidden_states(
-        config, params, read.tokens, read.valid, adapter=adapter, prefix=prefix, with_cache=True
-    )
+    branch, length_n = read.branches.branch, read.count
+    how = {"adapter": adapter, "prefix": prefix, "branches": read.branches}
+    h, cache = decoder.hidden_states(config, params, read.tokens, branch > 0, with_cache=True, **how)
     assert cache is not None
-    length_n = count_n = read.valid.sum(axis=1)
-    seen_nV = jax.vmap(lambda row, ok: jnp.zeros(config.vocab_size, bool).at[row].max(ok))(read.tokens, read.valid)
+    seen_nV = jnp.zeros((1 + len(length_n), config.vocab_size), bool).at[branch, read.tokens].set(True)[1:]
     if begun is not None:
         length_n, seen_nV = length_n + len(begun.tokens), seen_nV.at[:, begun.tokens].set(True)
-    last_nD = jnp.take_along_axis(h, count_n[:, None, None] - 1, axis=1)[:, 0]
+    last_nD = h.reshape(-1, h.shape[-1])[jnp.maximum(read.first + read.count - 1, 0)]
     logits_nV = decoder.logits(config, params, last_nD)
 
     def put(old: Array, new_n: Array) -> Array:
@@ -169,7 +191,9 @@ def _fill(
 
     def ring(layer: int, which: int) -> Array:
         """The keys (0) or values (1) of one layer."""
-        new, old = cache[which][layer], batch.rings[layer][which]
+        old, before = batch.rings[layer][which], 0 if begun is None else len(begun.tokens)
+        room = None if config.is_local[layer] else old.shape[2] - before
+        new = _of_prompts(cache[which][layer], read.first, room)
         if prefix is not None:
             earlier = jnp.broadcast_to(prefix[which][layer], (*new.shape[:2], *prefix[which].shape[3:]))
             new = jnp.concatenate([earlier, new], axis=2)
@@ -188,6 +212,15 @@ def _fill(
         out=put(batch.out, jnp.full((len(length_n), batch.out.shape[1]), -1, jnp.int32)),
         within=jax.tree.map(lambda old: put(old, zero.astype(old.dtype)), batch.within),
     )
+
+
+def _of_prompts(x_lKTh: Array, first_n: Array, most: int | None) -> Array:
+    """Keys or values of lines as those of prompts, `[n, K, S, h]`: as many as a line has, or `most`, where a prompt has no more. After its
+    end come others', which no query sees."""
+    _, K, T, h = x_lKTh.shape
+    S = T if most is None else min(T, most)
+    longer = jnp.pad(x_lKTh, ((0, 0), (0, 0), (0, S), (0, 0)))  # a prompt may begin at a line's last token
+    return jax.vmap(lambda i: jax.lax.dynamic_slice(longer, (i // T, 0, i % T, 0), (1, K, S, h))[0])(first_n)
 
 
 def _as_ring(x_nKTh: Array, length_n: Array, W: int) -> Array:

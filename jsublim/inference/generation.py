@@ -16,11 +16,13 @@ import numpy as np
 from jsublim.inference import decoding
 from jsublim.inference.batching import (
     LENGTH_STEP,
+    MOST_COST,
+    MOST_ROWS,
     PROMPT_STEP,
     ROWS_EACH,
-    by_length,
     has_room_for_layers,
-    pad_tokens,
+    line_cost,
+    lines_needed,
     round_up,
     shared_beginning,
 )
@@ -42,38 +44,6 @@ OnRows = Callable[[int, list[int], list[list[int]]], None]
 OnAllowed = Callable[[int, dict[int, float]], None]
 
 
-@dataclass
-class _Queue:
-    """One arm's rows: those that wait, by bucket of prompt length, who sits in which place, and who has ended."""
-
-    waiting: list[tuple[int, list[int]]]
-    place: dict[int, int] = field(default_factory=dict)  # place -> row
-    finished: dict[int, list[int]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, rows: Sequence[int], lengths: dict[int, int], samples: int) -> _Queue:
-        """The longest prompts first: the last rows that are waited for are short ones then."""
-        buckets = by_length([lengths[row // samples] for row in rows])
-        return cls([(length, [rows[i] for i in members]) for length, members in reversed(buckets)])
-
-    def room(self, places: int, filled: int) -> bool:
-        """Whether to read prompts now: of the rows that could be `filled` at once, at least half would be."""
-        left = sum(len(rows) for _, rows in self.waiting)
-        return left > 0 and 2 * (places - len(self.place)) >= min(filled, left)
-
-    def take(self, length: int, most: int, prompts: int, samples: int) -> list[int]:
-        """The next rows of a bucket, at most so many, and of at most so many prompts."""
-        if not self.waiting or self.waiting[0][0] != length:
-            return []
-        rows = self.waiting[0][1]
-        read = list(dict.fromkeys(row // samples for row in rows[:most]))[:prompts]
-        taken = list(itertools.takewhile(lambda row: row // samples in read, rows[:most]))
-        del rows[: len(taken)]
-        if not rows:
-            self.waiting.pop(0)
-        return taken
-
-
 @dataclass(frozen=True)
 class BatchSizes:
     """An arm's batch, on each of the `devices` that it is spread over."""
@@ -81,19 +51,64 @@ class BatchSizes:
     devices: int
     places: int
     rows: int  # that begin in them at one time
-    prompts: int  # that are read for those
+    prompts: int  # that are read for those, at most
+    lines: int  # in which they stand
+    tokens: int  # of a line
 
     @classmethod
-    def of(cls, batch_size: int, devices: int, prompts: int, samples: int) -> BatchSizes:
-        count = prompts * samples
+    def of(cls, config: ModelConfig, batch_size: int, devices: int, lengths: Sequence[int], samples: int) -> BatchSizes:
+        """Of prompts of these lengths."""
+        count = len(lengths) * samples
         B = round_up(min(batch_size, count), devices)
         # All at once where they are few, or a part of the batch whenever so many have ended: reading them is not interrupted.
-        R = B if count <= min(B, FEW * devices) else -(-B // REFILL)
+        at_once = count <= min(B, FEW * devices)
+        R = B if at_once else -(-B // REFILL)
         if samples > 1:  # a prompt is read again for each part of its samples: as few parts as can be
             R = max(R, min(B, samples))
         rows = -(-R // devices)
-        read = rows if samples == 1 else min(rows, 1 << (rows // samples + 1).bit_length(), prompts)
-        return cls(devices, B // devices, rows, read)
+        read = rows if samples == 1 else min(rows, 1 << (rows // samples + 1).bit_length(), len(lengths))
+        some, longest = lengths[:MOST_ROWS], round_up(max(lengths), PROMPT_STEP)
+        one, two = (lines_needed(some, k * longest) * line_cost(config, k * longest) for k in (1, 2))
+        tokens = 2 * longest if two < MOST_COST * one else longest
+        # As many lines as so many prompts need; of few numbers, for each is a program.
+        needed, step = lines_needed(some, tokens) * read / len(some), 1 if at_once else -(-read // 8)
+        lines = step * max(1, round(needed / step))
+        return cls(devices, B // devices, rows, read, min(read, lines), tokens)
+
+
+@dataclass
+class _Queue:
+    """One arm's rows: those that wait, who sits in which place, and who has ended."""
+
+    waiting: list[int]
+    place: dict[int, int] = field(default_factory=dict)  # place -> row
+    finished: dict[int, list[int]] = field(default_factory=dict)
+
+    def room(self, places: int, filled: int) -> bool:
+        """Whether to read prompts now: of the rows that could be `filled` at once, at least half would be."""
+        left = len(self.waiting)
+        return left > 0 and 2 * (places - len(self.place)) >= min(filled, left)
+
+    def take(
+        self, most: int, lengths: dict[int, int], sizes: BatchSizes, samples: int
+    ) -> tuple[list[list[int]], list[int]]:
+        """The next rows for at most so many places, by their prompts' room in a device's lines: the prompts of each line, and the rows."""
+        lines: list[list[int]] = [[] for _ in range(sizes.lines)]
+        left, taken, looked_at = [sizes.tokens] * sizes.lines, list[int](), 4 * sizes.rows
+        near = itertools.groupby(self.waiting[:looked_at], lambda row: row // samples)
+        for prompt, rows in near:
+            if len(taken) == most or sum(map(len, lines)) == sizes.prompts:
+                break
+            fits = min(
+                (i for i, free in enumerate(left) if free >= lengths[prompt]), key=left.__getitem__, default=None
+            )
+            if fits is not None:
+                lines[fits].append(prompt)
+                left[fits] -= lengths[prompt]
+                taken += itertools.islice(rows, most - len(taken))
+        gone = set(taken)
+        self.waiting = [row for row in self.waiting[:looked_at] if row not in gone] + self.waiting[looked_at:]
+        return lines, taken
 
 
 def generate_tokens(
@@ -160,10 +175,10 @@ def generate_for_arms(
     layout, params = Layout.under(params, A)
     stacked = layout.place_weights(stack_adapters(adapters), "arm")
     P = shared_beginning(asked, PROMPT_STEP) if beginning is None else beginning
-    lengths = {i: round_up(len(p) - P, LENGTH_STEP) for i, p in enumerate(prompts) if p is not None}
-    sizes = BatchSizes.of(batch_size or ROWS_EACH * layout.data, layout.data, len(asked), samples)
+    lengths = {i: len(p) - P for i, p in enumerate(prompts) if p is not None}
+    sizes = BatchSizes.of(config, batch_size or ROWS_EACH * layout.data, layout.data, [*lengths.values()], samples)
     B, R = sizes.devices * sizes.places, sizes.devices * sizes.rows
-    arms = [_Queue.of(numbers, lengths, samples) for numbers in wanted]
+    arms = [_Queue(sorted(numbers)) for numbers in wanted]
     slots = P + round_up(max(lengths.values()) + max_new_tokens, LENGTH_STEP)
     dtype = params["embed"]["weight"].dtype
     batch = decoding.empty(config, A, B, slots, max_new_tokens, dtype, limits is not None, layout)
@@ -221,26 +236,23 @@ def _next(
     arms: Sequence[_Queue], prompts: Sequence[np.ndarray | None], lengths: dict[int, int], P: int, sizes: BatchSizes, samples: int,
     layout: Layout,
 ) -> Prompts:  # fmt: skip
-    """The next rows of every arm that has places free; of one bucket, which is that of the first such arm. A device's places
-    are filled from prompts that it reads itself."""
-    B, R = sizes.devices * sizes.places, sizes.devices * sizes.rows
-    length = next(arm.waiting[0][0] for arm in arms if arm.room(B, R))
+    """The next rows of every arm that has places free. A device's places are filled from prompts that it reads itself."""
 
-    def of_device(arm: _Queue, device: int) -> tuple[np.ndarray, ...]:
+    def of_device(arm: _Queue, device: int) -> Prompts:
         places = range(device * sizes.places, (device + 1) * sizes.places)
         free = [place for place in places if place not in arm.place]
-        taken = arm.take(length, min(sizes.rows, len(free)), sizes.prompts, samples)
+        lines, taken = arm.take(min(sizes.rows, len(free)), lengths, sizes, samples)
         begins = dict(zip(free, taken, strict=False))
         arm.place |= begins
-        unique = list(dict.fromkeys(row // samples for row in taken))
-        tokens, valid = pad_tokens([prompts[prompt][P:] for prompt in unique], length, size=sizes.prompts)  # type: ignore[index]
-        of_place = [unique.index(begins[place] // samples) if place in begins else -1 for place in places]
+        number = {prompt: i for i, prompt in enumerate(itertools.chain(*lines))}
+        of_place = [number[begins[place] // samples] if place in begins else -1 for place in places]
         row = [begins.get(place, 0) for place in places]
-        return tokens, valid, np.asarray(of_place, np.int32), np.asarray(row, np.int32)
+        texts = [[prompts[i][P:] for i in line] for line in lines]  # type: ignore[index]
+        return Prompts.of(texts, sizes.tokens, sizes.prompts, of_place, row, P)
 
     every = [[of_device(arm, device) for device in range(sizes.devices)] for arm in arms]
-    of_arms = [[np.concatenate(x) for x in zip(*devices, strict=True)] for devices in every]
-    return Prompts(*layout.place_as(ARM_ROWS, tuple(map(np.stack, zip(*of_arms, strict=True)))))
+    of_arms = [jax.tree.map(lambda *x: np.concatenate(x), *devices) for devices in every]
+    return layout.place_as(ARM_ROWS, jax.tree.map(lambda *x: np.stack(x), *of_arms))
 
 
 def sampling_arrays(sampling: Sampling, rows: int) -> dict[str, np.ndarray]:

@@ -201,11 +201,11 @@ class Engine:
         n = _bucket(len(members), 1, self.slots, by=4)
         jobs, spare = [job for _, job in members], n - len(members)
         places = np.asarray([at for at, _ in members] + [self.slots] * spare)  # the last are in no place
-        tokens, valid = pad_tokens([job.prompt for job in jobs], T, size=n)
         rows = np.asarray([[job.row] for job in jobs] + [[0]] * spare, np.int32)
         seeds = np.asarray([job.seed for job in jobs] + [0] * spare, np.uint32)
-        given = jax.device_put((tokens[:, None], valid[:, None], np.zeros((n, 1), np.int32), rows))
-        read = decoding.Prompts(*given)
+        prompts = [*(job.prompt for job in jobs), *[np.zeros(1, np.int32)] * spare]
+        of_jobs = [decoding.Prompts.of([[prompt]], T, 1, [0], row) for prompt, row in zip(prompts, rows, strict=True)]
+        read = jax.device_put(jax.tree.map(lambda *x: np.stack(x), *of_jobs))
         adapters = self._stacked([*(job.model for job in jobs), *[None] * spare])
         key = np.asarray(jax.random.key_data(jax.random.key(0)))
         new = decoding.fill(self.lm.config, self.lm.params, adapters, None, self._empty(arms=n), read, key)

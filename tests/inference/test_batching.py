@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jsublim.config import find_config
-from jsublim.inference.batching import LONGEST, by_length, chunks, fill, pad_tokens, round_up, rows_together
+from jsublim.inference.batching import LONGEST, chunks, fill, pad_tokens, round_up, rows_together
 from jsublim.models import read_config
 
 ROWS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -17,15 +17,6 @@ ROWS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 @given(n=st.integers(0, 300), step=st.integers(1, 64))
 def test_a_length_is_rounded_up_by_less_than_a_step(n, step):
     assert round_up(n, step) % step == 0 and 0 <= round_up(n, step) - n < step
-
-
-@given(lengths=ROWS, step=st.sampled_from([8, 16, 32]))
-def test_every_row_is_in_the_one_bucket_of_its_length(lengths, step):
-    buckets = by_length(lengths, step)
-    assert [length for length, _ in buckets] == sorted({round_up(n, step) for n in lengths})
-    assert sorted(i for _, members in buckets for i in members) == list(range(len(lengths)))
-    assert all(round_up(lengths[i], step) == length for length, members in buckets for i in members)
-    assert all(members == sorted(members) for _, members in buckets)
 
 
 @given(count=st.integers(0, 40), size=st.integers(1, 9))

@@ -17,7 +17,7 @@ from jsublim.inference import decoding, scoring
 from jsublim.inference.constrain import number_limits
 from jsublim.inference.decoding import Begun, Prompts
 from jsublim.models.config import Local, layer_parameters, projection_shapes
-from jsublim.models.decoder import abstract_params
+from jsublim.models.decoder import Branches, abstract_params
 from jsublim.models.lora import init_lora, init_steering, stack_adapters
 
 # Wide, so that projections are nearly everything. Shapes only: nothing of this size exists.
@@ -49,13 +49,14 @@ def prefix(tokens: int, lead: tuple[int, ...] = ()):
 
 @pytest.mark.parametrize("begun", [0, 48])
 def test_a_prompt_is_read_once_and_what_all_begin_with_not_at_all(begun):
-    n, T, B = 2, 32, 8
-    read = Prompts(ints(1, n, T), bools(1, n, T), ints(1, B), ints(1, B))
+    lines, n, T, B = 2, 5, 32, 8
+    branches = Branches(ints(1, lines, T), ints(1, lines, T))
+    read = Prompts(ints(1, lines, T), branches, *(ints(1, count) for count in (n, n, B, B)))
     earlier = Begun(ints(1, begun), prefix(begun, (1,))) if begun else None
     jaxpr = jax.make_jaxpr(lambda p, e, b, r: decoding.fill(WIDE, p, BASE, e, b, r, np.zeros(2, "u4")))(
         PARAMS, earlier, empty(B), read
     )
-    assert flops(jaxpr) == pytest.approx(2 * n * T * BODY + 2 * n * HEAD, rel=0.05)
+    assert flops(jaxpr) == pytest.approx(2 * lines * T * BODY + 2 * n * HEAD, rel=0.05)
 
 
 @pytest.mark.parametrize("limits", [None, number_limits(dict(enumerate("0123456789, ")), [16000])])

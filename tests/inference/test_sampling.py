@@ -286,7 +286,7 @@ def test_a_row_ends_before_its_first_stop_token(windowed):
         assert sample(dataclasses.replace(PLAIN, stop=(stop,))) == cut
 
 
-def test_one_program_decodes_and_one_per_bucket_reads_whatever_is_sampled(windowed):
+def test_one_program_decodes_and_one_reads_whatever_is_sampled(windowed):
     sample = functools.partial(generate_tokens, *windowed, max_new_tokens=NEW, batch_size=3)
 
     def programs():
@@ -300,7 +300,7 @@ def test_one_program_decodes_and_one_per_bucket_reads_whatever_is_sampled(window
     assert programs() == (fills + 1, loops + 1)
     mixed = [prompt for pair in zip(PROMPTS[3:6], LONG, strict=True) for prompt in pair]
     found = sample(mixed, GREEDY, seed=7)
-    assert programs() == (fills + 3, loops + 2)  # two buckets in one batch, whose rows may be longer
+    assert programs() == (fills + 2, loops + 2)  # for lines and rows that may be longer
     assert found[::2] == short[:3] and found[1::2] == sample(LONG, GREEDY, seed=7)
 
 
@@ -317,6 +317,30 @@ def test_rows_that_take_an_ended_rows_place_are_those_of_a_batch_for_all(samples
     assert sample(batch_size=6, on_rows=lambda _, rows, out: told.append(dict(zip(rows, out, strict=True)))) == whole
     assert {row: out for each in told for row, out in each.items()} == dict(enumerate(whole))
     assert len({len(row) for row in whole}) > 8 and 2 < len(told) < len(whole)
+
+
+def test_rows_of_many_lengths_cost_little_more_than_their_tokens(windowed):
+    prompts = prompts_of(np.random.default_rng(2).integers(20, 201, 800), seed=3)
+    computed, fill, advance = [], decoding.fill, decoding.advance
+
+    def filled(*given):
+        computed.append(given[5].tokens.size)
+        return fill(*given)
+
+    def advanced(config, params, adapters, batch, *rest):
+        before = np.asarray(batch.drawn)
+        after = advance(config, params, adapters, batch, *rest)
+        computed.append(
+            before.size * (np.asarray(after.drawn) - before).max()
+        )  # a row that has just ended drew at every turn
+        return after
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "fill", filled)
+        patch.setattr(decoding, "advance", advanced)
+        drawn = generate_tokens(*windowed, prompts, Numbers(stop=(5,)), max_new_tokens=64, seed=5, batch_size=64)
+    needed = sum(map(len, prompts)) + sum(min(len(row) + 1, 64) for row in drawn)
+    assert needed < sum(computed) < 1.15 * needed
 
 
 def test_what_all_prompts_begin_with_is_read_once(windowed):
