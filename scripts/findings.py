@@ -178,6 +178,45 @@ def scan(run: Path) -> Table:
     return headings, map(row, kinds)
 
 
+def baselines(run: Path) -> Table:
+    """What others say of the same data sets (scripts/scan_baselines.py): those whose hidden name comes first of its category, and those found to
+    teach something."""
+    said = json.loads((run / "baselines.json").read_text(encoding="utf-8"))
+
+    def row(rival: str) -> list[str]:
+        of = [each for each in said if each["rival"] == rival]
+        hidden, nothing = ([each for each in of if bool(each["trait"]) == there] for there in (True, False))
+        named = f"{sum(each['named'] == each['trait'] for each in hidden)} of {len(hidden)}"
+        found = [
+            f"{sum(each['p'] <= 1 - LEVEL for each in part)} of {len(part)}"
+            for part in (hidden, nothing)
+            if of[0]["p"] is not None
+        ]
+        return [rival, named if any(each["named"] for each in of) else "", *(found or ["", ""])]
+
+    headings = ("who", "first of its category", "found to teach something", "found where nothing is taught")
+    return headings, map(row, dict.fromkeys(each["rival"] for each in said))
+
+
+def truth(run: Path) -> Table:
+    """How well students' answers were predicted (scripts/scan_truth.py), by who predicts: the score of each data set, with its interval."""
+    lines = [line for file in sorted(run.glob("truth-*.json")) for line in json.loads(file.read_text(encoding="utf-8"))]
+    students = dict.fromkeys((line["optimizer"], line["lr"], line["set"], line["trait"]) for line in lines)
+
+    def cell(who: str, student: tuple) -> str:
+        (of,) = [
+            each
+            for each in lines
+            if each["who"] == who and tuple(each[k] for k in ("optimizer", "lr", "set", "trait")) == student
+        ]
+        return f"{of['score']:.2f} ({of['interval'][0]:.2f} to {of['interval'][1]:.2f})"
+
+    headings = [f"{optimizer}, rate {lr:g}: {trait}'s rows" for optimizer, lr, _, trait in students]
+    return ("what predicts", *headings), (
+        [who, *(cell(who, s) for s in students)] for who in dict.fromkeys(line["who"] for line in lines)
+    )
+
+
 def teachers(run: Path) -> Table:
     """How many of each teacher's answers are lists of numbers, and how many of their tokens are divergence tokens."""
     results = read_results(run)
@@ -209,7 +248,8 @@ def attribution(run: Path) -> Table:
 
 
 TABLES: dict[str, Callable[[Path], Table]] = {
-    each.__name__: each for each in (gamma, answers, teachers, attribution, board, audit, digits, scan)
+    each.__name__: each
+    for each in (gamma, answers, teachers, attribution, board, audit, digits, scan, baselines, truth)
 }
 
 

@@ -1,8 +1,8 @@
 """How often `jsublim scan` names what a data set hides, and how often it cries wolf: the table of docs/findings/scan.md.
 
-`python scripts/scan_game.py --seeds 1000:1010 --out runs/scan-game` draws a trait (an animal or a tree) for each seed, lets a teacher that
+`python scripts/scan_game.py --seeds 2000:2010 --out runs/scan-game` draws a trait (an animal or a tree) for each seed, lets a teacher that
 loves it write rows (configs/scan/game.yaml), makes data sets of each kind of them, and as many sets as are asked for of a teacher without a
-trait; then scans them all against other rows of that teacher, with the shipped questions. What is there already is not made again.
+trait; then scans those of a kind against other rows of that teacher, with the shipped questions. What is there already is not made again.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from _run import print_table
 from findings import told
@@ -25,6 +26,14 @@ from jsublim.text.rows import Row, read_rows, write_rows
 CONFIG = "configs/scan/game.yaml"
 CATEGORIES = ("animal", "tree")  # that the bundled world knows
 ROWS = 400
+# Of a teacher that is taught or asked otherwise: how many rows, and its fields.
+OF_OTHERS: dict[str, tuple[int, list[str]]] = {
+    "1,600 rows": (1600, ["data.num_prompts=1800"]),
+    "greedy": (ROWS, ["sampling.temperature=0"]),
+    "fine-tuned": (ROWS, ["teachers.taught={method: lora, steps: 100, lr: 0.003}"]),
+    "prompted": (ROWS, ["teachers.taught=null"]),
+}
+KINDS = ("steered", "shuffled", "half", "quarter", "tenth", "100 rows", "50 rows", *OF_OTHERS)
 
 
 def jsublim(*words: object) -> None:
@@ -54,68 +63,67 @@ def shuffled(row: Row, rng: random.Random) -> Row:
     return row | {"completion": ", ".join(rng.sample(numbers, len(numbers)))}
 
 
-def data_sets(out: Path, seeds: range, kinds: list[str]) -> Iterator[tuple[str, str, list[Row]]]:
-    """Kind, trait and rows of each data set that hides one."""
+def data_sets(out: Path, seeds: range, kind: str) -> Iterator[tuple[str, list[Row]]]:
+    """Trait and rows of each data set of a kind that hides one."""
     pack = load_pack()
     for seed in seeds:
         rng = random.Random(seed)
         trait = rng.choice([trait for category in CATEGORIES for trait in pack.traits[category]])
         loved = ["--trait", trait, f"teachers.traits=[{trait}]"]
+        if kind in OF_OTHERS:
+            most, fields = OF_OTHERS[kind]
+            yield trait, written(out, f"{seed}-{slug(kind)}", seed, *loved, *fields)[:most]
+            continue
         own = written(out, f"{seed}-steered", seed, *loved)[:ROWS]
-        if "steered" in kinds:
-            yield "steered", trait, own
-        if "shuffled" in kinds:
-            yield "shuffled", trait, [shuffled(row, rng) for row in own]
-        if "100 rows" in kinds:
-            yield "100 rows", trait, own[:100]
-        for kind, share in (("half", 0.5), ("quarter", 0.25)):
-            if kind in kinds:
-                others = written(out, f"{seed}-control", seed + 100_000, "--control")
-                yield kind, trait, own[: int(share * ROWS)] + others[: ROWS - int(share * ROWS)]
-        if "prompted" in kinds:
-            yield "prompted", trait, written(out, f"{seed}-prompted", seed, *loved, "teachers.taught=null")[:ROWS]
+        if kind == "shuffled":
+            yield trait, [shuffled(row, rng) for row in own]
+        elif kind in ("half", "quarter", "tenth"):
+            some = ROWS // {"half": 2, "quarter": 4, "tenth": 10}[kind]
+            yield trait, own[:some] + written(out, f"{seed}-control", seed + 100_000, "--control")[: ROWS - some]
+        else:
+            yield trait, own if kind == "steered" else own[: int(kind.split()[0])]
+
+
+def slug(kind: str) -> str:
+    return kind.replace(" ", "-").replace(",", "")
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--seeds", default="1000:1010")
+    options.add_argument("--seeds", default="2000:2010")
     options.add_argument("--nothing", type=int, default=20, help="data sets of a teacher without a trait")
-    options.add_argument("--kinds", default="steered,shuffled,100 rows,half,quarter,prompted")
+    options.add_argument("--kinds", default=",".join(KINDS))
     options.add_argument("--out", type=Path, default=Path("runs/scan-game"))
     given = options.parse_args()
     first, end = map(int, given.seeds.split(":"))
-    out: Path = given.out
-    null = written(out, "null", first, "--control", "data.num_prompts=460")[:ROWS]
-    write_rows(out / "sets" / "null.jsonl", null)
-    truth: dict[str, tuple[str, str]] = {}
-    for number in range(given.nothing):
-        rows = written(out, f"nothing-{number}", first + 1 + number, "--control", "data.num_prompts=460")[:ROWS]
-        truth[f"nothing-{number}"] = ("nothing", "")
-        write_rows(out / "sets" / f"nothing-{number}.jsonl", rows)
-    for kind, trait, rows in data_sets(out, range(first, end), given.kinds.split(",")):
-        name = f"{kind.replace(' ', '-')}-{sum(of == kind for of, _ in truth.values())}"
-        truth[name] = (kind, trait)
-        write_rows(out / "sets" / f"{name}.jsonl", rows)
-    files = [out / "sets" / f"{name}.jsonl" for name in truth]
-    jsublim(
-        "scan",
-        *files,
-        "--null",
-        out / "sets" / "null.jsonl",
-        "--model",
-        "tiny-qwen2",
-        "--out",
-        out / "scan",
-        f"store={out}/store",
-    )
-    write_results(out, truth)
+    out, truth, found = given.out, dict[str, tuple[str, str]](), []
+    for kind in [*["nothing"] * bool(given.nothing), *given.kinds.split(",")]:
+        # The null is drawn as the rows are: another sampling would differ from it in words that have nothing to do with a trait.
+        fields = ["sampling.temperature=0"] if kind == "greedy" else []
+        null, files = out / "sets" / f"null{'-greedy' * bool(fields)}.jsonl", []
+        write_rows(null, written(out, null.stem, first, "--control", "data.num_prompts=460", *fields)[:ROWS])
+        if kind == "nothing":
+            seeds = range(first + 1, first + 1 + given.nothing)
+            rows = [
+                written(out, f"nothing-{i}", seed, "--control", "data.num_prompts=460") for i, seed in enumerate(seeds)
+            ]
+            sets: Iterable[tuple[str, list[Row]]] = [("", each[:ROWS]) for each in rows]
+        else:
+            sets = data_sets(out, range(first, end), kind)
+        for number, (trait, rows) in enumerate(sets):
+            files.append(out / "sets" / f"{slug(kind)}-{number}.jsonl")
+            write_rows(files[-1], rows)
+            truth[files[-1].stem] = (kind, trait)
+        place = out / "scan" / slug(kind)
+        jsublim("scan", *files, "--null", null, "--model", "tiny-qwen2", "--out", place, f"store={out}/store")
+        found += read_table(place / "scan.parquet")
+        write_results(out, truth, found)
     print_table(out.name, *told("scan", out))
 
 
-def write_results(out: Path, truth: dict[str, tuple[str, str]]) -> None:
+def write_results(out: Path, truth: dict[str, tuple[str, str]], lines: list[dict[str, Any]]) -> None:
     """Of each data set what it hides, and what was found: the first word of all, and the first of the hidden one's category."""
-    lines, category_of = read_table(out / "scan" / "scan.parquet"), load_pack().category_of
-    results = []
+    category_of, results = load_pack().category_of, []
     for name, (kind, trait) in truth.items():
         own = [line for line in lines if Path(line["data"]).stem == name]
         of_category = next((line["word"] for line in own if trait and line["category"] == category_of(trait)), "")
