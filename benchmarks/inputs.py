@@ -14,10 +14,13 @@ SIZES: dict[str, Sizes] = {
     # `shared` tokens at the beginning of every prompt are the same: a teacher's system prompt.
     "sample": {"rows": 64, "prompt": 115, "shared": 40, "new": 64},
     "score": {"rows": 8, "teachers": 13, "tokens": 165, "shared": 45, "answer": 40},
+    # Of uneven length: from `shortest` to all of what is not shared.
+    "score-uneven": {"rows": 64, "teachers": 3, "tokens": 245, "shared": 45, "answer": 16, "shortest": 20},
     # `shared` as above; a tenth of the rows is as long as `tokens`, the shortest has half of what is not shared.
     # `arms` students on the same rows: in one program here, one after another there.
     "train": _TRAIN,
-    "train-late": _TRAIN | {"layer": -3},
+    # `below`: the hidden states below the layer are made before the clock starts (1) or after (0); there they always are made.
+    "train-late": _TRAIN | {"layer": -3, "below": 1},
     "evaluate": {"students": 1, "questions": 1, "prompt": 40, "samples": 200, "new": 10},
     "attribute": {"rows": 1, "tokens": 100, "steps": 10},
     # A teacher writes rows, counterfactual teachers read them, four students learn their tokens under four masks for a few
@@ -69,10 +72,12 @@ def make(stage: str, sizes: Sizes, vocab: int) -> dict[str, np.ndarray]:
     n = sizes
     if stage == "sample":
         return {"prompts": begun_alike(n["rows"], n["prompt"], n["shared"])}
-    if stage == "score":
+    if stage in ("score", "score-uneven"):
         rows = ids(n["rows"], n["tokens"] - n["shared"])
         systems = ids(n["teachers"], n["shared"])
-        return {"tokens": np.stack([np.concatenate([np.repeat(s[None], len(rows), 0), rows], 1) for s in systems])}
+        lengths = rng.integers(n.get("shortest", rows.shape[1]), rows.shape[1] + 1, len(rows)) + n["shared"]
+        tokens = np.stack([np.concatenate([np.repeat(s[None], len(rows), 0), rows], 1) for s in systems])
+        return {"tokens": tokens, "lengths": lengths}
     if stage in ("train", "train-late"):
         own = n["tokens"] - n["shared"]
         lengths = np.full(n["rows"], own) if n["even"] else rng.integers(own // 2, own + 1, n["rows"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +40,17 @@ class Work:
 
     run: Callable[[], None]
     check: Callable[[], dict[str, np.ndarray]]
+
+
+def products(dtype: str) -> float:
+    """GFLOP/s of products of 2048 x 2048 on this machine."""
+    x = jax.random.normal(jax.random.key(0), (2048, 2048)).astype(dtype)
+    multiply = jax.jit(lambda x: x @ x)
+    multiply(x).block_until_ready()
+    begun = time.perf_counter()
+    for _ in range(20):
+        multiply(x).block_until_ready()
+    return 20 * 2 * 2048**3 / (time.perf_counter() - begun) / 1e9
 
 
 def versions() -> dict[str, str]:
@@ -93,13 +106,12 @@ def evaluate(lm: LanguageModel, sizes: Any, arrays: Any) -> Work:
 
 
 def score(lm: LanguageModel, sizes: Any, arrays: Any) -> Work:
-    first = sizes.tokens - sizes.answer
-
     def check() -> dict[str, np.ndarray]:
         found = []
         for rows in arrays["tokens"]:
-            turns = [Turn(row, first, first, len(row)) for row in rows]
-            found.append([each.argmax for each in score_turns(lm.config, lm.params, turns, batch_size=len(rows))])
+            lengths = [int(n) for n in arrays["lengths"]]
+            turns = [Turn(row[:n], n - sizes.answer, n - sizes.answer, n) for row, n in zip(rows, lengths, strict=True)]
+            found += [each.argmax for each in score_turns(lm.config, lm.params, turns, batch_size=len(rows))]
         return {"argmax": np.asarray(found)}
 
     check()
@@ -121,10 +133,13 @@ def train(lm: LanguageModel, sizes: Any, arrays: Any) -> Work:
     shape = packed(plain, lm.config, [Order(lengths_of(examples), 0, 1)], beginning)
     params, state, numbers, teacher = trainer._placed(lm.config, lm.params, arms, settings, layout)
     step_of = compile_step(lm.config, settings.program, layout)
-    below = trainer._below(lm.config, params, arms, shape) if settings.cache_below else None
+    states_below = functools.partial(trainer._below, lm.config, params, arms, shape)
+    below = states_below() if settings.cache_below else None
 
     def step() -> dict[str, np.ndarray]:
-        nonlocal state
+        nonlocal state, below
+        if below is not None and not sizes.below:
+            below = states_below()
         batch = layout.place_batch(trainer.make_batches(arms, shape, 0, state, below=below))
         state, metrics = step_of(params, state, batch, numbers, teacher)
         return {"loss": np.asarray(metrics["loss"]), "norm": np.asarray(metrics["grad_norm"])}
@@ -206,6 +221,6 @@ def attribute(lm: LanguageModel, sizes: Any, arrays: Any) -> Work:
 
 
 STAGES = {
-    "sample": sample, "score": score, "train": train, "train-late": train, "evaluate": evaluate, "attribute": attribute,
+    "sample": sample, "score": score, "score-uneven": score, "train": train, "train-late": train, "evaluate": evaluate, "attribute": attribute,
     "pipeline": pipeline,
 }  # fmt: skip

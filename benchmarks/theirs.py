@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.inputs import masks, start_of
 
+BATCH = 8  # rows that are scored at one time
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -28,6 +29,16 @@ class Work:
 
     run: Callable[[], float | None]
     check: Callable[[], dict[str, np.ndarray]]
+
+
+def products(dtype: str) -> float:
+    """GFLOP/s of products of 2048 x 2048 on this machine."""
+    x = torch.randn(2048, 2048).to(getattr(torch, dtype)).to("cuda" if torch.cuda.is_available() else "cpu")
+    begun = time.perf_counter()
+    for i in range(21):
+        begun = time.perf_counter() if i == 1 else begun  # the first prepares
+        float((x @ x)[0, 0])
+    return 20 * 2 * 2048**3 / (time.perf_counter() - begun) / 1e9
 
 
 def versions() -> dict[str, str]:
@@ -80,14 +91,26 @@ def evaluate(read: Any, sizes: Any, arrays: Any) -> Work:
 
 
 def score(read: Any, sizes: Any, arrays: Any) -> Work:
-    model, first = read[0], sizes.tokens - sizes.answer - 1
+    """Rows in batches of so many, in the order they have; a batch is padded to its longest. The head reads what it must."""
+    model, lengths = read[0], [int(n) for n in arrays["lengths"]]
 
     def check() -> dict[str, np.ndarray]:
         found = []
         with torch.no_grad():
             for rows in arrays["tokens"]:
-                logits = model(_tensor(rows, model)).logits[:, first:-1]
-                found.append(logits.argmax(-1).cpu().numpy())
+                for i in range(0, len(rows), BATCH):
+                    part = lengths[i : i + BATCH]
+                    ids = _tensor(rows[i : i + BATCH, : max(part)], model)
+                    there = (
+                        torch.arange(max(part), device=model.device)[None]
+                        < torch.tensor(part, device=model.device)[:, None]
+                    )
+                    kept = max(part) - min(part) + sizes.answer + 1
+                    logits = model(ids * there, attention_mask=there.long(), logits_to_keep=kept).logits
+                    first = [n - sizes.answer - 1 - (max(part) - kept) for n in part]
+                    found += [
+                        z[at : at + sizes.answer].argmax(-1).cpu().numpy() for z, at in zip(logits, first, strict=True)
+                    ]
         return {"argmax": np.stack(found)}
 
     def run() -> None:
@@ -135,7 +158,7 @@ def _steps(
             output_dir=out, max_steps=steps, per_device_train_batch_size=micro,
             gradient_accumulation_steps=len(ids) // micro, learning_rate=lr, max_grad_norm=1e9, report_to=[],
             logging_steps=1, save_strategy="no", gradient_checkpointing=False, max_length=None,
-            completion_only_loss=True, bf16=False, fp16=False, use_cpu=not torch.cuda.is_available(),
+            completion_only_loss=True, bf16=model.dtype == torch.bfloat16, fp16=False, use_cpu=not torch.cuda.is_available(),
             remove_unused_columns=True, optim="adamw_torch", disable_tqdm=True, lr_scheduler_type="constant",
         )  # fmt: skip
         trainer = SFTTrainer(
@@ -178,7 +201,8 @@ def pipeline(read: Any, sizes: Any, arrays: Any) -> Work:
         with torch.no_grad():
             for system in systems:
                 parts = [_tensor(part, model) for part in np.array_split(under(system, rows), max(1, len(rows) // 10))]
-                logits = torch.cat([model(part).logits[:, -sizes.new - 1 : -1].argmax(-1) for part in parts])
+                read = [model(part, logits_to_keep=sizes.new + 1).logits[:, :-1] for part in parts]
+                logits = torch.cat([of_part.argmax(-1) for of_part in read])
                 argmax.append(logits.cpu().numpy())
         losses = []
         for mask in masks(written, np.stack(argmax), arrays["chance"]):
@@ -248,6 +272,6 @@ def attribute(read: Any, sizes: Any, arrays: Any) -> Work:
 
 
 STAGES = {
-    "sample": sample, "score": score, "train": train, "train-late": train, "evaluate": evaluate, "attribute": attribute,
+    "sample": sample, "score": score, "score-uneven": score, "train": train, "train-late": train, "evaluate": evaluate, "attribute": attribute,
     "pipeline": pipeline,
 }  # fmt: skip

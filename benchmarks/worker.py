@@ -1,7 +1,8 @@
 """One side of a comparison, a process of its own: `python -m benchmarks.worker ours|theirs STAGE MODEL FOLDER DTYPE`.
 
 It reads requests from standard input, one per line, and answers each with a line of JSON: `run` does the stage's work once and
-says how long it took; `check FILE` saves what it computes, to be compared with the other side's.
+says how long it took; `check FILE` saves what it computes, to be compared with the other side's; `products` says what a product of large matrices
+reaches here.
 """
 
 from __future__ import annotations
@@ -46,14 +47,16 @@ def main() -> None:
     print(json.dumps({"ready": time.perf_counter() - begun, "versions": module.versions()}), flush=True)
     for line in sys.stdin:
         request, _, file = line.strip().partition(" ")
-        begun = time.perf_counter()
-        found = work.check() if request == "check" else work.run()
-        seconds = time.perf_counter() - begun
+        begun, processor = time.perf_counter(), time.process_time()
+        found = {"check": work.check, "run": work.run, "products": lambda: module.products(dtype)}[request]()
+        said = {"seconds": time.perf_counter() - begun, "cpu": time.process_time() - processor, "peak_gib": peak_gib()}
         if request == "check":
             np.savez(file, **found)
-        else:  # a stage that knows better than the clock says what it took
-            seconds = seconds if found is None else found
-        print(json.dumps({"seconds": seconds, "peak_gib": peak_gib()}), flush=True)
+        elif request == "products":
+            said["gflops"] = found
+        elif found is not None:  # a stage that knows better than the clock says what it took
+            said |= {"seconds": found, "cpu": None}
+        print(json.dumps(said), flush=True)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from _run import as_table, print_table, run_script
+from scipy.stats import binomtest
 
 from jsublim.digits.report import read_lines
 from jsublim.errors import UsageError
@@ -155,27 +156,25 @@ def digits(run: Path) -> Table:
     return ("model", "on noise", "on digits"), [*alone, *taught]
 
 
+def counted(some: int, of: int) -> str:
+    """A count with the interval of its share (Clopper and Pearson's)."""
+    low, high = binomtest(some, of).proportion_ci(LEVEL, "exact")
+    return f"{some} of {of} ({100 * low:.0f} to {100 * high:.0f} %)"
+
+
 def scan(run: Path) -> Table:
     """What scripts/scan_game.py found, kind by kind."""
     played = json.loads((run / "results.json").read_text(encoding="utf-8"))
 
     def row(kind: str) -> list[str]:
         of = [each for each in played if each["kind"] == kind]
-        found = sum(each["p"] <= 1 - LEVEL for each in of)
-        hits = [sum(each["trait"] == each[column] for each in of) for column in ("of its category", "first")]
-        named = ["", ""] if kind == "nothing" else [str(each) for each in hits]
-        return [kind, f"{len(of)}", f"{found}", *named, f"{min(each['p'] for each in of)}"]
+        found = [counted(sum(each["p"] <= level for each in of), len(of)) for level in (0.05, 0.01)]
+        columns = () if kind == "nothing" else ("of its category", "first")
+        named = [counted(sum(each["trait"] == each[column] for each in of), len(of)) for column in columns]
+        return [kind, *found, *(named or ["", ""]), f"{min(each['p'] for each in of)}"]
 
-    headings = (
-        "rows",
-        "data sets",
-        "found to teach something",
-        "first of its category",
-        "first of all words",
-        "lowest p",
-    )
-    kinds = dict.fromkeys(each["kind"] for each in played)
-    return headings, map(row, kinds)
+    headings = ("rows", "p at most .05", "p at most .01", "first of its category", "first of all words", "lowest p")
+    return headings, map(row, dict.fromkeys(each["kind"] for each in played))
 
 
 def baselines(run: Path) -> Table:
@@ -186,7 +185,7 @@ def baselines(run: Path) -> Table:
     def row(rival: str) -> list[str]:
         of = [each for each in said if each["rival"] == rival]
         hidden, nothing = ([each for each in of if bool(each["trait"]) == there] for there in (True, False))
-        named = f"{sum(each['named'] == each['trait'] for each in hidden)} of {len(hidden)}"
+        named = counted(sum(each["named"] == each["trait"] for each in hidden), len(hidden))
         found = [
             f"{sum(each['p'] <= 1 - LEVEL for each in part)} of {len(part)}"
             for part in (hidden, nothing)

@@ -28,7 +28,7 @@ CATEGORIES = ("animal", "tree")  # that the bundled world knows
 ROWS = 400
 # Of a teacher that is taught or asked otherwise: how many rows, and its fields.
 OF_OTHERS: dict[str, tuple[int, list[str]]] = {
-    "1,600 rows": (1600, ["data.num_prompts=1800"]),
+    "1600 rows": (1600, ["data.num_prompts=1800"]),
     "greedy": (ROWS, ["sampling.temperature=0"]),
     "fine-tuned": (ROWS, ["teachers.taught={method: lora, steps: 100, lr: 0.003}"]),
     "prompted": (ROWS, ["teachers.taught=null"]),
@@ -85,7 +85,7 @@ def data_sets(out: Path, seeds: range, kind: str) -> Iterator[tuple[str, list[Ro
 
 
 def slug(kind: str) -> str:
-    return kind.replace(" ", "-").replace(",", "")
+    return kind.replace(" ", "-")
 
 
 def main() -> None:

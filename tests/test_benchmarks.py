@@ -20,10 +20,11 @@ MODEL = str(BUNDLED / "tiny-qwen2")
 SMALL = {
     "sample": {"rows": 3, "prompt": 40, "shared": 20, "new": 6},
     "score": {"rows": 2, "teachers": 2, "tokens": 48, "shared": 20, "answer": 8},
+    "score-uneven": {"rows": 9, "teachers": 2, "tokens": 48, "shared": 12, "answer": 6, "shortest": 8},
     "evaluate": {"students": 1, "questions": 1, "prompt": 12, "samples": 3, "new": 4},
     "attribute": {"rows": 1, "tokens": 32, "steps": 4},
     "train": {"rows": 4, "tokens": 32, "shared": 8, "answer": 8, "micro": 2, "rank": 2, "even": 0, "arms": 2},
-    "train-late": {"rows": 4, "tokens": 32, "shared": 8, "answer": 8, "micro": 2, "rank": 2, "even": 0, "layer": -2, "arms": 1},
+    "train-late": {"rows": 4, "tokens": 32, "shared": 8, "answer": 8, "micro": 2, "rank": 2, "even": 0, "layer": -2, "arms": 1, "below": 0},
     "pipeline": {
         "rows": 4, "system": 8, "request": 12, "new": 6, "teachers": 2, "micro": 2, "rank": 2, "steps": 2, "question": 8,
         "samples": 3, "answer": 4,
@@ -31,7 +32,7 @@ SMALL = {
 }  # fmt: skip
 
 
-DEPTH = {"score": {"depth": 2}}
+DEPTH = {"score": {"depth": 2}, "score-uneven": {"depth": 2}}
 
 
 @pytest.mark.parametrize("stage", SMALL)

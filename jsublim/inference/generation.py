@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -70,10 +71,11 @@ class BatchSizes:
         some, longest = lengths[:MOST_ROWS], round_up(max(lengths), PROMPT_STEP)
         one, two = (lines_needed(some, k * longest) * line_cost(config, k * longest) for k in (1, 2))
         tokens = 2 * longest if two < MOST_COST * one else longest
-        # As many lines as so many prompts need; of few numbers, for each is a program.
-        needed, step = lines_needed(some, tokens) * read / len(some), 1 if at_once else -(-read // 8)
-        lines = step * max(1, round(needed / step))
-        return cls(devices, B // devices, rows, read, min(read, lines), tokens)
+        needed, step = lines_needed(some, tokens) * read / len(some), -(-read // 8)
+        if not at_once and needed < read - step:
+            # Of few numbers, for each is a program; and rather too few lines than more than places have room for.
+            needed = max(1, needed // step) * step
+        return cls(devices, B // devices, rows, read, min(read, math.ceil(needed)), tokens)
 
 
 @dataclass
