@@ -14,7 +14,7 @@ from command import ROOT
 from jsublim.inference.lm import BUNDLED
 
 sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
-from benchmarks import compare, inputs, ours, profile
+from benchmarks import compare, inputs, ours, page, profile
 
 MODEL = str(BUNDLED / "tiny-qwen2")
 SMALL = {
@@ -61,6 +61,23 @@ def test_results_that_differ_give_no_ratio(tmp_path):
     for name, token, loss in (("ours", 1, 2.0), ("theirs", 1, 2.001)):
         np.savez(tmp_path / f"{name}.npz", tokens=np.full((2, 3), token), loss=np.float64(loss))
     assert not compare.equal(tmp_path)["same"]
+
+
+def test_the_page_has_a_line_for_every_comparison_and_says_what_is_not_the_same():
+    side = {"median_s": 2.0, "cpu_s": 4.0, "peak_gib": 1.0, "gflops": 100.0, "versions": {"jax": "0.10.2"}}
+    ours = [side | {"ratio": 1.5}, side | {"ratio": None, "cpu_s": None, "versions": {"jax": "0.12.0"}}]
+    about = {"dtype": "float32", "threads": 2, "load": 1.0, "theirs": side | {"versions": {"torch": "2.9"}}}
+    made = page.table([about | {"ours": ours[0], "ours 1": ours[1]} for _ in page.LINES])
+    lines = made.splitlines()
+    assert len(lines) == len(page.LINES) + 4 and len({line.count("|") for line in lines[2:]}) == 1
+    assert "jax 0.12.0: s (ratio)" in lines[2] and "2.00 (**1.50**) | 2.00 (not the same) | 4.0, 4.0, -" in lines[4]
+    text = "before\n<!-- begin: speed float32 -->\nold\n<!-- end -->\nafter\n"
+    assert (
+        page.written(text, "float32", made) == text.replace("old\n", made)
+        and page.written(text, "bfloat16", made) == text
+    )
+    for line in page.LINES:
+        assert inputs.sizes_of(line.stage, dict(line.sizes)) and (line.work or line.name)
 
 
 HLO = """

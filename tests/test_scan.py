@@ -17,6 +17,7 @@ from jsublim.attribution.scan import (
     by_word,
     find_words,
     group_gradients,
+    preconditioned,
     student_words,
 )
 from jsublim.distill.data import read_turns
@@ -125,6 +126,21 @@ def test_p_is_uniform_where_nothing_is_taught_and_small_where_something_is():
         p, limit = chance(taught, against, categories)
         change, error = compare(taught, against, categories)
         assert p[7] == p.min() == 0.001 and (change / error)[7] > limit > 1
+
+
+def test_numbers_that_spread_less_count_more_whoever_the_groups_belong_to():
+    rng = np.random.default_rng(4)
+    spread = np.asarray([0.01, 1.0, 10.0, 0.0])
+    groups = {"a": rng.normal(size=(40, 4)) * spread, "b": np.zeros((40, 2, 2))}
+    weighed = preconditioned(groups)
+    mean = np.mean([*groups["a"].var(axis=0), *np.zeros(4)])
+    np.testing.assert_allclose(
+        weighed["a"], groups["a"] * 1.1 * mean / (groups["a"].var(axis=0) + 0.1 * mean), rtol=1e-5
+    )
+    assert np.isfinite(weighed["b"]).all() and not preconditioned({"b": groups["b"]})["b"].any()
+    order = rng.permutation(40)
+    shuffled = preconditioned({name: leaf[order] for name, leaf in groups.items()})
+    np.testing.assert_allclose(shuffled["a"], weighed["a"][order], rtol=1e-6)
 
 
 def test_rows_of_a_teacher_say_what_it_loves():

@@ -37,7 +37,7 @@ GROUPS = 20  # of the rows of a data set
 RIDGE = 0.1  # of the mean variance, added to that of each number of a gradient
 LEAST = 1e-3  # probability, mean over a category's questions, below which an answer is not looked at
 TOKENS = 256  # that are looked at in a category, the most probable ones
-TOGETHER = 8  # directions whose derivatives are held at one time
+TOGETHER = 8  # answers whose derivatives are held at one time
 LONGEST = 4  # tokens of an answer
 OPENED = 6  # beginnings that are continued at one time
 ROUNDS = 16  # of that at most: where nothing stands out, each round finds other beginnings
@@ -129,7 +129,8 @@ def answer_effects(
         texts = prompts[begun.category]
         rows = [np.concatenate([tokens, np.asarray(begun.tokens, tokens.dtype)]) for tokens in texts]
         laid = layout.place_as(WHOLE, pad_tokens(rows, _longest(texts), size=len(rows)))
-        found = _answers(lm.config, params, adapter, toward, *laid, count=min(TOKENS, lm.config.vocab_size))
+        least = np.float32(np.log(LEAST) - begun.logprob - 1e-3)  # rounding leaves none out
+        found = _answers(lm.config, params, adapter, toward, *laid, least, count=min(TOKENS, lm.config.vocab_size))
         for token, logp, effects in zip(*(np.asarray(x, np.float64) for x in Layout.host(found)), strict=True):
             tokens, logprob = (*begun.tokens, int(token)), begun.logprob + float(logp)
             if logprob < np.log(LEAST):
@@ -221,24 +222,33 @@ def _answers(
     directions: Trainable,
     tokens_QT: Array,
     valid_QT: Array,
+    least: Array,
     *,
     count: int,
 ) -> tuple[Array, Array, Array]:
-    """The `count` likeliest next tokens, the log of each one's mean probability over the questions, and its derivative in each
-    direction `[S, K]`. LoRA's product has a derivative backwards only: that forwards is had as in `audit.py`."""
+    """The `count` likeliest next tokens, the log of each one's mean probability over the questions, and its derivative in each direction
+    `[S, K]`: of those whose log is `least` or more, zero of the others."""
 
     def logprobs(trainable: Trainable) -> Array:
         logp_QV = _next(config, params, adapter.with_trainable(trainable), tokens_QT, valid_QT)
         return jax.nn.logsumexp(logp_QV, axis=0) - jnp.log(len(logp_QV))
 
     logp_V, back = jax.vjp(logprobs, adapter.trainable)
-    ids_S = jax.lax.top_k(logp_V, count)[1]
+    logp_S, ids_S = jax.lax.top_k(logp_V, count)
+    together = min(TOGETHER, count)
+    K = len(jax.tree.leaves(directions)[0])
 
-    def push(direction: Trainable) -> Array:
-        inner = lambda u: optax.tree.vdot(back(u)[0], direction)  # noqa: E731
-        return jax.grad(inner)(jnp.zeros_like(logp_V))[ids_S]
+    def some(number: Array, effects_SK: Array) -> Array:
+        """The next answers' effects. Each is one pass back, whatever the number of directions: few answers are likely."""
+        first = jnp.minimum(number * together, count - together)
+        ids = jax.lax.dynamic_slice(ids_S, (first,), (together,))
+        gradients = jax.vmap(lambda token: back(jax.nn.one_hot(token, len(logp_V), dtype=logp_V.dtype))[0])(ids)
+        along = jax.tree.map(lambda g, d: g.reshape(together, -1) @ d.reshape(K, -1).T, gradients, directions)
+        return jax.lax.dynamic_update_slice(effects_SK, sum(jax.tree.leaves(along)), (first, 0))
 
-    return ids_S, logp_V[ids_S], jax.lax.map(push, directions, batch_size=TOGETHER).T
+    likely = (logp_S >= least).sum()
+    effects_SK = jax.lax.fori_loop(0, -(-likely // together), some, jnp.zeros((count, K), logp_V.dtype))
+    return ids_S, logp_S, effects_SK
 
 
 # --- Against a null
