@@ -29,7 +29,7 @@ ROWS = 400
 # Of a teacher that is taught or asked otherwise: how many rows, and its fields.
 OF_OTHERS: dict[str, tuple[int, list[str]]] = {
     "1600 rows": (1600, ["data.num_prompts=1800"]),
-    "greedy": (ROWS, ["sampling.temperature=0"]),
+    "greedy": (ROWS, ["sampling.strategy=greedy"]),
     "fine-tuned": (ROWS, ["teachers.taught={method: lora, steps: 100, lr: 0.003}"]),
     "prompted": (ROWS, ["teachers.taught=null"]),
 }
@@ -99,7 +99,7 @@ def main() -> None:
     out, truth, found = given.out, dict[str, tuple[str, str]](), []
     for kind in [*["nothing"] * bool(given.nothing), *given.kinds.split(",")]:
         # The null is drawn as the rows are: another sampling would differ from it in words that have nothing to do with a trait.
-        fields = ["sampling.temperature=0"] if kind == "greedy" else []
+        fields = ["sampling.strategy=greedy"] if kind == "greedy" else []
         null, files = out / "sets" / f"null{'-greedy' * bool(fields)}.jsonl", []
         write_rows(null, written(out, null.stem, first, "--control", "data.num_prompts=460", *fields)[:ROWS])
         if kind == "nothing":

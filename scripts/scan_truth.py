@@ -29,7 +29,7 @@ from scan_baselines import LAYER, LM, NAMES, PACK, entangled_numbers, flat_gradi
 from scipy.stats import spearmanr
 
 import jsublim as js
-from jsublim.attribution.scan import preconditioned
+from jsublim.attribution.contrast import preconditioned
 from jsublim.distill.batches import epoch_rows
 from jsublim.distill.optimizer import Optimizer, learning_rate
 from jsublim.evals.preference import trait_logprobs

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from command import MODEL, jsublim, ok, refused
 
-from jsublim.attribution.contrast import chance, compare
+from jsublim.attribution.contrast import chance, compare, preconditioned
 from jsublim.attribution.scan import (
     OPENED,
     LikelyAnswer,
@@ -17,10 +17,11 @@ from jsublim.attribution.scan import (
     by_word,
     find_words,
     group_gradients,
-    preconditioned,
+    named_effects,
     student_words,
 )
 from jsublim.distill.data import read_turns
+from jsublim.evals.preference import trait_logprobs
 from jsublim.inference.lm import load_model
 from jsublim.inference.scoring import score_turns
 from jsublim.models.lora import Adapter, init_lora, init_steering
@@ -99,6 +100,27 @@ def test_names_of_several_tokens_add_up():
         logp = np.asarray(jax.nn.log_softmax(lm.logits(tokens[None])[0]))
         total.append(sum(logp[len(tokens) - n + i - 1, whole.tokens[i]] for i in range(n)))
     assert whole.logprob <= np.logaddexp.reduce(total) - np.log(len(texts)) + 1e-4
+
+
+def test_names_are_looked_at_however_improbable():
+    """Their effects are derivatives too, and a name that is a likely answer stays one."""
+    lm, adapter = load_model("tiny-qwen2"), init_steering(load_model("tiny-qwen2").config)
+    turns = read_turns(lm.chat, ROWS[:8], "rows")
+    directions = stacked(group_gradients(lm, adapter, turns, 2, batch_size=4))
+    names = {"animal": ["owl", "zzebra"]}
+    named = named_effects(lm, adapter, directions, QUESTIONS, names)
+    for (_, word), answer in named.items():
+        moved = [
+            adapter.with_trainable(jax.tree.map(lambda w, g: w + s * 1.0 * g[1], adapter.trainable, directions))
+            for s in (1, -1)
+        ]
+        up, down = (trait_logprobs(lm, QUESTIONS["animal"], [word], adapter=each).mean() for each in moved)
+        assert answer.effects[1] == pytest.approx((up - down) / 2, rel=0.03)
+    own, null = (stacked(group_gradients(lm, adapter, part, 4)) for part in (turns[:4], turns[4:]))
+    (found,) = find_words(lm, adapter, {"rows": own}, null, QUESTIONS, names).values()
+    said = {answer.word: answer for answer in found if answer.category == "animal"}
+    assert said["zzebra"].probability < 1e-3 < said["owl"].probability
+    assert said["owl"].probability == pytest.approx(np.exp(named["animal", "owl"].logprob), rel=1e-4)
 
 
 def test_spellings_are_one_word():

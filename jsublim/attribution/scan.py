@@ -18,10 +18,11 @@ import numpy as np
 import optax
 from jax import Array
 
-from jsublim.attribution.audit import Laid, label_logprobs, laid_sizes, lay_out, logit_block
-from jsublim.attribution.contrast import MovedAnswer, compare, findings
+from jsublim.attribution.audit import Laid, label_logprobs, laid_sizes, lay_out, logit_block, trait_directions
+from jsublim.attribution.contrast import MovedAnswer, compare, findings, preconditioned
 from jsublim.core.progress import Tick, no_tick
 from jsublim.distill.data import read_turns
+from jsublim.evals.preference import trait_logprobs
 from jsublim.inference.batching import PROMPT_STEP, chunks, pad_tokens, round_up
 from jsublim.inference.lm import LanguageModel
 from jsublim.models import decoder
@@ -34,7 +35,6 @@ from jsublim.text.prompts import load_pack, scan_questions
 from jsublim.text.rows import Row
 
 GROUPS = 20  # of the rows of a data set
-RIDGE = 0.1  # of the mean variance, added to that of each number of a gradient
 LEAST = 1e-3  # probability, mean over a category's questions, below which an answer is not looked at
 TOKENS = 256  # that are looked at in a category, the most probable ones
 TOGETHER = 8  # answers whose derivatives are held at one time
@@ -159,6 +159,28 @@ def answer_effects(
         ]
         tick(OPENED)
     return answers
+
+
+def named_effects(
+    lm: LanguageModel,
+    adapter: Adapter,
+    directions: Trainable,
+    questions: Mapping[str, Sequence[str]],
+    names: Mapping[str, Sequence[str]],
+    **manner: Any,
+) -> dict[tuple[str, str], LikelyAnswer]:
+    """As `answer_effects`, by category and word, for names that are looked at however improbable they are: in a large model few answers begin
+    with one. A name's effect is the mean over the questions of its log-probability's."""
+    found = {}
+    for category, words in names.items():
+        texts = questions[category]
+        toward = trait_directions(lm, adapter, texts, words, **manner)
+        along = jax.tree.map(lambda t, d: t.reshape(len(t), -1) @ d.reshape(len(d), -1).T, toward, directions)
+        effects_WK = np.asarray(sum(jax.tree.leaves(along)), np.float64)
+        logprobs = np.logaddexp.reduce(trait_logprobs(lm, texts, words, adapter=adapter, **manner)) - np.log(len(texts))
+        for word, logprob, effects in zip(words, logprobs, effects_WK, strict=True):
+            found[category, word.lower()] = LikelyAnswer(category, (), float(logprob), effects, whole=True)
+    return found
 
 
 def _prompts(
@@ -289,8 +311,9 @@ def scan(
 
     trees = {name: gradients(name, rows) for name, rows in sets.items()}
     nobody = trees.pop("", None)
-    bank = scan_questions(load_pack()) if questions is None else questions
-    return find_words(lm, adapter, trees, nobody, bank)
+    pack = load_pack()
+    bank = scan_questions(pack) if questions is None else questions
+    return find_words(lm, adapter, trees, nobody, bank, pack.traits)
 
 
 def find_words(
@@ -299,6 +322,9 @@ def find_words(
     data: Mapping[str, Trainable],
     null: Trainable | None,
     questions: Mapping[str, Sequence[str]],
+    names: Mapping[str, Sequence[str]] | None = None,
+    *,
+    tick: Tick = no_tick,
     **manner: Any,
 ) -> dict[str, list[MovedAnswer]]:
     """The answers that each data set moves, by z.
@@ -307,7 +333,8 @@ def find_words(
       data: the gradients of each one's groups (`group_gradients`), leaves `[G, ...]`.
       null: those of groups that teach nothing; None takes, for each data set, all others, or for a single one what rows that the model
         drew itself would do in the mean, which is nothing.
-      questions: by category; manner: as of `answer_effects`, `tick` too.
+      questions: by category; names: of a category, looked at as well where they are not among the likely answers.
+      tick, manner: as of `answer_effects`.
     """
     sets = [*data.values(), *([] if null is None else [null])]
     ends = np.cumsum([len(jax.tree.leaves(tree)[0]) for tree in sets])
@@ -326,25 +353,14 @@ def find_words(
         return np.max([change / error for change, error in moved], axis=0)
 
     stacked = preconditioned(jax.tree.map(lambda *leaves: np.concatenate(leaves), *sets))
-    words = by_word(lm, answer_effects(lm, adapter, stacked, questions, rank, **manner))
+    asked = {category: words for category, words in (names or {}).items() if category in questions}
+    named = named_effects(lm, adapter, stacked, questions, asked, **manner)
+    words = named | by_word(lm, answer_effects(lm, adapter, stacked, questions, rank, tick=tick, **manner))
     effects_KW, categories = effects(list(words.values()))
     probability = np.exp([answer.logprob for answer in words.values()])
     return {
         name: findings(words, probability, *sides(effects_KW, number), categories) for number, name in enumerate(data)
     }
-
-
-def preconditioned(groups: Trainable) -> Trainable:
-    """Gradients of groups, leaves `[G, ...]`, each number divided by its variance over all groups, to which a part of the mean variance is
-    added: as far as a natural gradient would step (the diagonal of the Fisher matrix; TRAK, Park et al. 2023, arXiv 2303.14186, has all of it).
-    What differs from group to group anyway moves many answers, and says little. Of all groups, whoever's, so that to shuffle them changes
-    nothing, and p stays exact. A number of mean variance keeps its size."""
-    variances = jax.tree.map(lambda x: np.var(x, axis=0), groups)
-    every = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(variances)])
-    mean = float(every.mean()) + np.finfo(np.float32).tiny
-    return jax.tree.map(
-        lambda x, v: x * np.float32((1 + RIDGE) * mean) / (v + np.float32(RIDGE * mean)), groups, variances
-    )
 
 
 def student_words(

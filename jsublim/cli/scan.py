@@ -131,7 +131,7 @@ class Scanned:
         from jsublim.pipeline.stages import scan_rows
 
         about = {"names": self.names, "data": self.data, "null": self.null, "first": self.first, "start": self.start}
-        return scan_rows("scan", questions=bank, **about)
+        return scan_rows("scan", questions=bank, traits=self.context.setup.pack.traits, **about)
 
     def without(self, bank: Mapping[str, Sequence[str]], said: Mapping[str, Any]) -> tuple[list[Row], int]:
         """The rows but for those that carry most of what was found, and how many those are: as many as it takes until what is left moves

@@ -54,12 +54,14 @@ def scan_rows(
     first: int,
     start: Start,
     questions: Mapping[str, Sequence[str]],
+    traits: Mapping[str, Sequence[str]],
 ) -> Save:
     """The answers that each data set moves (`scan.parquet`).
 
     Args:
       names: of the data sets; first: rows that are read of each.
       null: rows that teach nothing; without any, each data set is measured against the others.
+      traits: names by category, which are looked at however improbable they are.
     """
     lm = start.lm(ctx)
     adapter = start_adapter(lm.config, lm.params, start.settings, start.seed)
@@ -88,7 +90,7 @@ def scan_rows(
     trees = [gradients(number, rows) for number, rows in enumerate((*data, *null))]
     nobody = jax.tree.map(lambda *leaves: np.concatenate(leaves), *trees[len(data) :]) if null else None
     own = dict(zip(names, trees[: len(data)], strict=True))
-    found = find_words(lm, adapter, own, nobody, questions, tick=ctx.tick, **start.model.manner)
+    found = find_words(lm, adapter, own, nobody, questions, traits, tick=ctx.tick, **start.model.manner)
 
     def save(folder: Path) -> dict[str, Any]:
         write_table(folder / "scan.parquet", as_lines(found), SCAN)
