@@ -6,6 +6,7 @@ import json
 
 import jax
 import numpy as np
+import optax
 import pytest
 from command import MODEL, jsublim, ok, refused
 
@@ -110,10 +111,8 @@ def test_names_are_looked_at_however_improbable():
     names = {"animal": ["owl", "zzebra"]}
     named = named_effects(lm, adapter, directions, QUESTIONS, names)
     for (_, word), answer in named.items():
-        moved = [
-            adapter.with_trainable(jax.tree.map(lambda w, g: w + s * 1.0 * g[1], adapter.trainable, directions))
-            for s in (1, -1)
-        ]
+        step = jax.tree.map(lambda g: g[1], directions)
+        moved = [adapter.with_trainable(optax.tree.add_scale(adapter.trainable, sign, step)) for sign in (1, -1)]
         up, down = (trait_logprobs(lm, QUESTIONS["animal"], [word], adapter=each).mean() for each in moved)
         assert answer.effects[1] == pytest.approx((up - down) / 2, rel=0.03)
     own, null = (stacked(group_gradients(lm, adapter, part, 4)) for part in (turns[:4], turns[4:]))
