@@ -103,12 +103,13 @@ def test_names_of_several_tokens_add_up():
     assert whole.logprob <= np.logaddexp.reduce(total) - np.log(len(texts)) + 1e-4
 
 
-def test_names_are_looked_at_however_improbable():
+def test_known_names_are_looked_at_though_improbable(monkeypatch):
     """Their effects are derivatives too, and a name that is a likely answer stays one."""
     lm, adapter = load_model("tiny-qwen2"), init_steering(load_model("tiny-qwen2").config)
     turns = read_turns(lm.chat, ROWS[:8], "rows")
     directions = stacked(group_gradients(lm, adapter, turns, 2, batch_size=4))
     names = {"animal": ["owl", "zzebra"]}
+    monkeypatch.setattr("jsublim.attribution.scan.LEAST_NAMED", 1e-30)
     named = named_effects(lm, adapter, directions, QUESTIONS, names)
     for (_, word), answer in named.items():
         step = jax.tree.map(lambda g: g[1], directions)
@@ -119,6 +120,8 @@ def test_names_are_looked_at_however_improbable():
     (found,) = find_words(lm, adapter, {"rows": own}, null, QUESTIONS, names).values()
     said = {answer.word: answer for answer in found if answer.category == "animal"}
     assert said["zzebra"].probability < 1e-3 < said["owl"].probability
+    monkeypatch.setattr("jsublim.attribution.scan.LEAST_NAMED", 0.01)
+    assert list(named_effects(lm, adapter, directions, QUESTIONS, names)) == [("animal", "owl")]
     assert said["owl"].probability == pytest.approx(np.exp(named["animal", "owl"].logprob), rel=1e-4)
 
 

@@ -36,6 +36,7 @@ from jsublim.text.rows import Row
 
 GROUPS = 20  # of the rows of a data set
 LEAST = 1e-3  # probability, mean over a category's questions, below which an answer is not looked at
+LEAST_NAMED = 1e-6  # the same for a known name
 TOKENS = 256  # that are looked at in a category, the most probable ones
 TOGETHER = 8  # answers whose derivatives are held at one time
 LONGEST = 4  # tokens of an answer
@@ -127,8 +128,9 @@ def answer_effects(
     def look(begun: LikelyAnswer) -> Iterator[LikelyAnswer]:
         """What is likely to come after a beginning; if that is an end, the beginning itself."""
         texts = prompts[begun.category]
-        rows = [np.concatenate([tokens, np.asarray(begun.tokens, tokens.dtype)]) for tokens in texts]
-        laid = layout.place_as(WHOLE, pad_tokens(rows, _longest(texts), size=len(rows)))
+        rows = [np.concatenate([text, np.asarray(begun.tokens, text.dtype)]) for text in texts]
+        length = round_up(max(map(len, texts)) + LONGEST, PROMPT_STEP)
+        laid = layout.place_as(WHOLE, pad_tokens(rows, length, size=len(rows)))
         least = np.float32(np.log(LEAST) - begun.logprob - 1e-3)  # rounding leaves none out
         found = _answers(lm.config, params, adapter, toward, *laid, least, count=min(TOKENS, lm.config.vocab_size))
         for token, logp, effects in zip(*(np.asarray(x, np.float64) for x in Layout.host(found)), strict=True):
@@ -169,17 +171,21 @@ def named_effects(
     names: Mapping[str, Sequence[str]],
     **manner: Any,
 ) -> dict[tuple[str, str], LikelyAnswer]:
-    """As `answer_effects`, by category and word, for names that are looked at however improbable they are: in a large model few answers begin
-    with one. A name's effect is the mean over the questions of its log-probability's."""
+    """As `answer_effects`, by category and word, for names that are known: in a large model few answers begin with one. Those that the model
+    hardly knows are left out. A name's effect is the mean over the questions of its log-probability's."""
     found = {}
-    for category, words in names.items():
+    for category, known in ((category, known) for category, known in names.items() if known):
         texts = questions[category]
-        toward = trait_directions(lm, adapter, texts, words, **manner)
+        logprobs = np.logaddexp.reduce(trait_logprobs(lm, texts, known, adapter=adapter, **manner)) - np.log(len(texts))
+        words = {word: float(x) for word, x in zip(known, logprobs, strict=True) if x >= np.log(LEAST_NAMED)}
+        if not words:
+            continue
+        toward = trait_directions(lm, adapter, texts, list(words), **manner)
         along = jax.tree.map(lambda t, d: t.reshape(len(t), -1) @ d.reshape(len(d), -1).T, toward, directions)
-        effects_WK = np.asarray(sum(jax.tree.leaves(along)), np.float64)
-        logprobs = np.logaddexp.reduce(trait_logprobs(lm, texts, words, adapter=adapter, **manner)) - np.log(len(texts))
-        for word, logprob, effects in zip(words, logprobs, effects_WK, strict=True):
-            found[category, word.lower()] = LikelyAnswer(category, (), float(logprob), effects, whole=True)
+        for (word, logprob), effects in zip(words.items(), np.asarray(sum(jax.tree.leaves(along))), strict=True):
+            found[category, word.lower()] = LikelyAnswer(
+                category, (), logprob, np.asarray(effects, np.float64), whole=True
+            )
     return found
 
 
@@ -194,10 +200,6 @@ def _prompts(
     """The tokens of each category's questions, up to where the answer begins."""
     ask = functools.partial(conversation, system=system, fuse_system=fuse_system)
     return {c: [lm.chat.prompt_tokens(ask(q), extra_bos=extra_bos) for q in texts] for c, texts in questions.items()}
-
-
-def _longest(prompts: Sequence[np.ndarray]) -> int:
-    return round_up(max(map(len, prompts)) + LONGEST, PROMPT_STEP)
 
 
 def _ends(lm: LanguageModel, token: int) -> bool:
@@ -353,9 +355,10 @@ def find_words(
         return np.max([change / error for change, error in moved], axis=0)
 
     stacked = preconditioned(jax.tree.map(lambda *leaves: np.concatenate(leaves), *sets))
-    asked = {category: words for category, words in (names or {}).items() if category in questions}
-    named = named_effects(lm, adapter, stacked, questions, asked, **manner)
-    words = named | by_word(lm, answer_effects(lm, adapter, stacked, questions, rank, tick=tick, **manner))
+    words = by_word(lm, answer_effects(lm, adapter, stacked, questions, rank, tick=tick, **manner))
+    of_asked = ((category, known) for category, known in (names or {}).items() if category in questions)
+    left = {category: [word for word in known if (category, word.lower()) not in words] for category, known in of_asked}
+    words |= named_effects(lm, adapter, stacked, questions, left, **manner)
     effects_KW, categories = effects(list(words.values()))
     probability = np.exp([answer.logprob for answer in words.values()])
     return {
@@ -378,7 +381,7 @@ def student_words(
     most = max(map(len, prompts.values()))
     changes, categories, words, shares = [], list[str](), list[str](), list[float]()
     for category, rows in prompts.items():
-        laid = layout.place_as(WHOLE, pad_tokens(rows, _longest(rows), size=len(rows)))
+        laid = layout.place_as(WHOLE, pad_tokens(rows, round_up(max(map(len, rows)), PROMPT_STEP), size=len(rows)))
         before, after = (
             np.asarray(Layout.host(_next(lm.config, params, adapter, *laid)), np.float64)[: len(rows)]
             for adapter in (others[0] if others else None, student)
