@@ -5,6 +5,8 @@ Every shape is one compiled program, so lengths are multiples of a step: what a 
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -75,9 +77,21 @@ def in_lines(lengths: np.ndarray, tokens: int, most: int, devices: int = 1) -> t
     if len(lengths) <= FEW_LINES * devices:
         most = min(most, len(lengths))
         return round_up(most, devices), [(p.start, np.arange(p.stop - p.start)) for p in chunks(len(lengths), most)]
-    if lengths.sum() < most * tokens:
-        most = min(most, round_up(lines_needed(lengths, tokens), FEW_LINES // 2))
-    lines, batches, first = round_up(most, devices), Batches(), 0
+    some = lengths[:MOST_ROWS]
+    needed = lines_needed(some, tokens) * len(lengths) / len(some)
+    # All batches alike, so that the last is full too; of few numbers, for each is a program.
+    for count in itertools.count(math.ceil(needed / most)):
+        each = math.ceil(needed / count)
+        step = math.lcm(devices, 1 << max(0, each.bit_length() - 5))
+        for lines in range(round_up(each, step), round_up(most, step) + 1, step):
+            if len(batches := _batches(lengths, tokens, lines)) <= count:
+                return lines, batches
+    raise AssertionError("as many batches as rows are enough")
+
+
+def _batches(lengths: np.ndarray, tokens: int, lines: int) -> Batches:
+    """Consecutive rows in batches of so many lines, as many rows in each as have room."""
+    batches, first = Batches(), 0
     while first < len(lengths):
         fit = min(lines, len(lengths) - first)  # a line each
         line, limit = np.arange(fit), int(np.searchsorted(np.cumsum(lengths[first:]), lines * tokens, side="right"))
@@ -90,7 +104,7 @@ def in_lines(lengths: np.ndarray, tokens: int, most: int, devices: int = 1) -> t
                 fit, line = count, tried
         batches.append((first, line))
         first += fit
-    return lines, batches
+    return batches
 
 
 def lines_needed(lengths: Sequence[int] | np.ndarray, tokens: int) -> int:

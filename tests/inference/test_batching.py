@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jsublim.config import find_config
-from jsublim.inference.batching import LONGEST, chunks, fill, pad_tokens, round_up, rows_together
+from jsublim.inference.batching import LONGEST, chunks, fill, in_lines, pad_tokens, round_up, rows_together
 from jsublim.models import read_config
 
 ROWS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -38,6 +38,32 @@ def test_padding_can_be_undone(lengths, spare, absent):
             assert np.array_equal(token_row[valid_row], rows[i]) and valid_row[0] and not token_row[~valid_row].any()
         else:  # attention needs something to look at
             assert valid_row.sum() == 1 and valid_row[0] and not token_row.any()
+
+
+@pytest.mark.parametrize("count", [48, 64, 100, 128, 200, 300, 1000])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_lines_of_rows_of_many_lengths_are_nearly_full_in_every_batch(count, devices):
+    lengths = np.random.default_rng(count).integers(20, 201, count)
+    lines, batches = in_lines(lengths, 224, 64, devices)
+    assert (
+        lines % devices == 0
+        and lines <= 64
+        and [first for first, _ in batches] == [sum(len(line) for _, line in batches[:i]) for i in range(len(batches))]
+    )
+    assert sum(len(line) for _, line in batches) == count
+    assert all(np.bincount(line, lengths[i : i + len(line)], lines).max() <= 224 for i, line in batches)
+    assert (
+        lengths.sum() <= len(batches) * lines * 224 <= (1.15 if count >= 100 or devices == 1 else 1.25) * lengths.sum()
+    )
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=17, max_size=90), most=st.integers(1, 12), devices=st.integers(1, 3)
+)
+def test_rows_of_any_lengths_have_room_in_their_lines(lengths, most, devices):
+    lines, batches = in_lines(np.asarray(lengths), 40, most, devices)
+    assert lines % devices == 0 and sum(len(line) for _, line in batches) == len(lengths)
+    assert all(np.bincount(line, lengths[i : i + len(line)], lines).max() <= 40 for i, line in batches)
 
 
 def test_further_axes_and_dtypes_are_kept_and_what_is_too_long_is_refused():
