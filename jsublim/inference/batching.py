@@ -20,7 +20,7 @@ PROMPT_STEP = 16  # tokens that all prompts of a sampling begin with
 PREFIX_STEP = 8  # tokens of a shared prefix, and of completions that are scored
 TRAINING_STEP = 16  # tokens of rows that are trained on, and their supervised positions
 
-FEW_LINES = 16  # of a device: as many rows have a line each
+FEW_LINES = 16  # as many rows have a line each
 ROWS_EACH = 64  # rows that a device samples or reads at one time, where nobody says
 LONGEST = 512  # tokens of a row, for what its cache may take
 MOST_ROWS = 1024  # that are sampled or read at one time
@@ -74,7 +74,7 @@ def in_lines(lengths: np.ndarray, tokens: int, most: int, devices: int = 1) -> t
     """Consecutive rows in batches of lines of so many tokens, where short rows stand one after another in a line: how many lines a batch has, at
     most about `most` and divisible by the devices, and the batches. Few rows have a line each: what they would save is less than the
     compilation of another shape."""
-    if len(lengths) <= FEW_LINES * devices:
+    if len(lengths) <= FEW_LINES:
         most = min(most, len(lengths))
         return round_up(most, devices), [(p.start, np.arange(p.stop - p.start)) for p in chunks(len(lengths), most)]
     some = lengths[:MOST_ROWS]
