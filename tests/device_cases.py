@@ -37,11 +37,11 @@ WATCHED = ((decoding, "fill"), (decoding, "advance"), (scoring, "read_batch"), (
 Work = Callable[[Any], Any]
 
 
-def texts(count: int, longest: int, seed: int) -> list[np.ndarray]:
+def texts(count: int, longest: int, seed: int, shortest: int = 3) -> list[np.ndarray]:
     """Rows of random tokens behind a beginning that they share."""
     rng = np.random.default_rng(seed)
     begin = rng.integers(1, 57, 16)
-    return [np.r_[begin, rng.integers(1, 57, n)].astype(np.int32) for n in rng.integers(3, longest, count)]
+    return [np.r_[begin, rng.integers(1, 57, n)].astype(np.int32) for n in rng.integers(shortest, longest, count)]
 
 
 def sampled(params: Any) -> Any:
@@ -57,7 +57,8 @@ def sampled(params: Any) -> Any:
 
 
 def read(params: Any) -> Any:
-    turns = [Turn(text, 0, len(text) - 1 - i % 5, len(text) - 1) for i, text in enumerate(texts(23, 30, 3))]
+    """Rows too long to share lines: how many lines there are must not hang on the devices."""
+    turns = [Turn(text, 0, len(text) - 1 - i % 5, len(text) - 1) for i, text in enumerate(texts(29, 30, 3, 23))]
     said = scoring.score_turns(CONFIG, params, turns, adapter=lora(CONFIG, 3), batch_size=15)
     return {"tokens": [x.argmax.tolist() for x in said], "values": [x for s in said for x in (*s.margin, *s.logprob)]}
 

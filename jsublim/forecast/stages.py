@@ -186,7 +186,7 @@ def sample(case: Case) -> Workload:
 
 def evaluate(case: Case) -> Workload:
     """Students that were trained together answer questions, several times each; without students, the base does."""
-    ev, question = case.experiment.evaluation, round_up(case.lengths.question, LENGTH_STEP)
+    ev, question = case.experiment.evaluation, case.lengths.question
     arms, adapter = min(case.arms, ASKED_TOGETHER), None if case.students is None else case.adapter
     how = {"prompts": ev.questions or 50, "samples": ev.samples, "prompt": question, "new": ev.max_new_tokens}
     title = f"{ev.max_new_tokens} tokens after questions of {question}, {ev.samples} answers to each, students together: {arms}"
@@ -206,10 +206,9 @@ def _decoding(
     stacked = jax.eval_shape(lambda a: stack_adapters([at_every_layer(a, config.num_layers)] * A), adapter)
     stacked = layout.shapes(stacked, layout.state_sharding(stacked, ("arm",)))
     P = round_up(case.lengths.system, PROMPT_STEP) if samples == 1 else 0
-    T = round_up(prompt, LENGTH_STEP)
-    sizes = generation.BatchSizes.of(config, max(1, rows // A), layout.data, [T] * prompts, samples)
+    sizes = generation.BatchSizes.of(config, max(1, rows // A), layout.data, [prompt] * prompts, samples)
     B, read, filled, lines = (sizes.devices * n for n in (sizes.places, sizes.prompts, sizes.rows, sizes.lines))
-    slots, dtype = P + round_up(T + new, LENGTH_STEP), jnp.dtype(case.experiment.dtype)
+    slots, dtype = P + round_up(prompt + new, LENGTH_STEP), jnp.dtype(case.experiment.dtype)
     params = case.placed_params(layout)
     batch = jax.eval_shape(lambda: decoding.empty(config, A, B, slots, new, dtype))
     batch = layout.shapes(batch, decoding.decoding_sharding(config, layout, batch))
