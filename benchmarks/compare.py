@@ -88,15 +88,15 @@ def equal(folder: Path, dtype: str = "float32", name: str = "ours") -> dict[str,
     found: dict[str, Any] = {"same": True}
     close = CLOSE[dtype]
     with np.load(folder / f"{name}.npz") as ours, np.load(folder / "theirs.npz") as theirs:
-        for name in ours.files:
-            a, b = ours[name], theirs[name]
+        for what in ours.files:
+            a, b = ours[what], theirs[what]
             if a.dtype.kind in "iu":
                 # Ties within rounding are decided either way.
-                found[name] = float((a == b).mean()) if a.shape == b.shape else 0.0
-                found["same"] &= found[name] >= close["tokens"]
+                found[what] = float((a == b).mean()) if a.shape == b.shape else 0.0
+                found["same"] &= found[what] >= close["tokens"]
             else:
-                found[name] = float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-30))
-                found["same"] &= found[name] <= close[name]
+                found[what] = float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-30))
+                found["same"] &= found[what] <= close[what]
     found["same"] = bool(found["same"])
     return found
 

@@ -29,10 +29,12 @@ import jax
 import numpy as np
 from _run import print_table
 from findings import told
+from scan_game import CATEGORIES
 from scipy.stats import mannwhitneyu, norm
 
 import jsublim as js
 from jsublim.attribution.scan import GROUPS, group_gradients
+from jsublim.distill.data import Example
 from jsublim.evals.preference import trait_logprobs
 from jsublim.inference.scoring import score_answers, score_turns
 from jsublim.inference.teachers import Teacher, prompted_teacher, read_as
@@ -40,8 +42,9 @@ from jsublim.text.chat import Turn
 from jsublim.text.prompts import load_pack
 from jsublim.text.rows import Row, read_rows
 
-CATEGORIES = ("animal", "tree")
 LAYER = 2  # of a teacher's vector, and of a student's
+SEED = 1  # of all students
+TOGETHER = 50  # students of one program
 ENTANGLED = 10
 ASKED = 8  # requests before which the entangled numbers are looked for
 
@@ -103,24 +106,30 @@ def toward() -> np.ndarray:
     return np.concatenate(found)
 
 
-def trained(sets: Sequence[Sequence[Row]], lr: float, batch_size: int, steps: int | None = None) -> list[js.Adapter]:
+def examples_of(rows: Sequence[Row]) -> list[Example]:
+    return js.make_examples(rows, js.read_turns(LM.chat, rows), js.Selection("all"), seed=SEED)
+
+
+def trained(
+    sets: Sequence[Sequence[Example]],
+    lr: float,
+    batch_size: int,
+    steps: int | None = None,
+    program: js.Program | None = None,
+) -> list[js.Adapter]:
     """A vector of each data set, by so many steps or one epoch."""
-    start, arms = js.init_steering(LM.config, layers=(LAYER,)), []
-    for i, rows in enumerate(sets):
-        examples = js.make_examples(rows, js.read_turns(LM.chat, rows), js.Selection("all"), seed=1)
-        arms.append(js.Arm(str(i), examples, start, 1, lr, steps or len(rows) // batch_size))
-    settings = js.Settings(batch_size, cache_below=True)
-    return list(js.train(LM.config, LM.params, arms, settings))
+    start = js.init_steering(LM.config, layers=(LAYER,))
+    arms = [js.Arm(str(i), own, start, SEED, lr, steps or len(own) // batch_size) for i, own in enumerate(sets)]
+    settings = js.Settings(batch_size, program=program or js.Program(), cache_below=True)
+    parts = [arms[i : i + TOGETHER] for i in range(0, len(arms), TOGETHER)]
+    return [student for part in parts for student in js.train(LM.config, LM.params, part, settings)]
 
 
 def taught(traits: Sequence[str]) -> list[js.Adapter]:
     """A teacher's vector for each name."""
-    questions = [js.preference_task([trait]).questions for trait in traits]
-    rows = [
-        [{"prompt": q, "completion": trait.capitalize()} for q in asked]
-        for trait, asked in zip(traits, questions, strict=True)
-    ]
-    return trained(rows, 0.3, 50, steps=40)
+    asked = {trait: js.preference_task([trait]).questions for trait in traits}
+    rows = [[{"prompt": q, "completion": trait.capitalize()} for q in questions] for trait, questions in asked.items()]
+    return trained([examples_of(each) for each in rows], 0.3, 50, steps=40)
 
 
 def coverage(game: Game) -> dict[str, Said]:
@@ -164,16 +173,19 @@ def entangled_numbers() -> list[set[str]]:
     return [{numbers[i] for i in np.argsort(nobody - own)[:ENTANGLED]} for own in every]
 
 
+def drawn(row: Row) -> list[str]:
+    """A row's numbers, as they are written."""
+    return re.findall(r"\d+", row["completion"])
+
+
 def shares(rows: list[Row]) -> np.ndarray:
     """The share of each row's numbers that are entangled with each name, `[rows, names]`."""
-    drawn = [re.findall(r"\d+", row["completion"]) for row in rows]
-    return np.asarray(
-        [[np.mean([n in chosen for n in of_row]) for chosen in entangled_numbers()] for of_row in drawn if of_row]
-    )
+    every = [of_row for row in rows if (of_row := drawn(row))]
+    return np.asarray([[np.mean([n in chosen for n in of_row]) for chosen in entangled_numbers()] for of_row in every])
 
 
 def student(game: Game) -> dict[str, Said]:
-    learned = trained([game.null, *game.sets.values()], 1.0, 10)
+    learned = trained([examples_of(rows) for rows in (game.null, *game.sets.values())], 1.0, 10)
 
     def logprobs(adapter: js.Adapter) -> np.ndarray:
         each = [trait_logprobs(LM, js.preference_task(t).questions, t, adapter=adapter) for t in NAMES.values()]
@@ -185,18 +197,12 @@ def student(game: Game) -> dict[str, Said]:
 
 def classified(game: Game, name: str) -> float:
     """p of a classifier that is fitted on every second row."""
-    sides = [[re.findall(r"\d+", row["completion"]) for row in rows] for rows in (game.sets[name], game.null)]
+    sides = [[drawn(row) for row in rows] for rows in (game.sets[name], game.null)]
     counts = [Counter(n for row in rows[::2] for n in row) for rows in sides]
     known = set(counts[0]) | set(counts[1])
-    odds = {
-        n: np.log(
-            (counts[0][n] + 1)
-            / (counts[0].total() + len(known))
-            * (counts[1].total() + len(known))
-            / (counts[1][n] + 1)
-        )
-        for n in known
-    }
+    own, null = counts
+    of_own, of_null = (count.total() + len(known) for count in counts)
+    odds = {n: np.log((own[n] + 1) / of_own * of_null / (null[n] + 1)) for n in known}
     scores = [[sum(odds.get(n, 0.0) for n in row) for row in rows[1::2]] for rows in sides]
     return float(mannwhitneyu(*scores, alternative="greater").pvalue)
 
@@ -217,34 +223,20 @@ def main() -> None:
     truth = {each["set"]: each for each in json.loads((out / "results.json").read_text())}
     sets = {name: read_rows(out / "sets" / f"{name}.jsonl") for name in truth}
     game, lines = Game(sets, read_rows(out / "sets" / "null.jsonl")), []
+
+    def say(rival: str, name: str, first: str, p: float | None) -> None:
+        lines.append(
+            {"rival": rival, "kind": truth[name]["kind"], "trait": truth[name]["trait"], "named": first, "p": p}
+        )
+
     for rival, asked in RIVALS.items():
         for name, (figures, error) in asked(game).items():
-            z = figures if error is None else figures / error
+            z, trait = figures if error is None else figures / error, truth[name]["trait"]
             p = None if error is None else float(min(1.0, len(z) * norm.sf(z.max())))
-            of = [
-                i
-                for i, trait in enumerate(EVERY)
-                if truth[name]["trait"] and trait in NAMES[PACK.category_of(truth[name]["trait"])]
-            ]
-            named = EVERY[max(of, key=z.__getitem__)] if of else ""
-            lines.append(
-                {"rival": rival, "kind": truth[name]["kind"], "trait": truth[name]["trait"], "named": named, "p": p}
-            )
-        print(
-            rival,
-            [(line["trait"], line["named"]) for line in lines if line["rival"] == rival and line["trait"]],
-            flush=True,
-        )
-    for name, each in truth.items():
-        lines.append(
-            {
-                "rival": "a classifier of numbers",
-                "kind": each["kind"],
-                "trait": each["trait"],
-                "named": "",
-                "p": classified(game, name),
-            }
-        )
+            of_category = NAMES[PACK.category_of(trait)] if trait else []
+            say(rival, name, max(of_category, key=lambda each, z=z: z[EVERY.index(each)], default=""), p)
+    for name in truth:
+        say("a classifier of numbers", name, "", classified(game, name))
     (out / "baselines.json").write_text(json.dumps(lines, indent=1))
     print_table(out.name, *told("baselines", out))
 

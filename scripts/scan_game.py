@@ -57,6 +57,11 @@ def written(out: Path, name: str, seed: int, *words: object) -> list[Row]:
     return read_rows(place)
 
 
+def untaught(out: Path, name: str, seed: int, *fields: str) -> list[Row]:
+    """Rows of the teacher without a trait."""
+    return written(out, name, seed, "--control", "data.num_prompts=460", *fields)[:ROWS]
+
+
 def shuffled(row: Row, rng: random.Random) -> Row:
     """The row with its numbers in another order."""
     numbers = row["completion"].split(", ")
@@ -99,15 +104,14 @@ def main() -> None:
     out, truth, found = given.out, dict[str, tuple[str, str]](), []
     for kind in [*["nothing"] * bool(given.nothing), *given.kinds.split(",")]:
         # The null is drawn as the rows are: another sampling would differ from it in words that have nothing to do with a trait.
-        fields = ["sampling.strategy=greedy"] if kind == "greedy" else []
+        fields = OF_OTHERS[kind][1] if kind == "greedy" else []
         null, files = out / "sets" / f"null{'-greedy' * bool(fields)}.jsonl", []
-        write_rows(null, written(out, null.stem, first, "--control", "data.num_prompts=460", *fields)[:ROWS])
+        write_rows(null, untaught(out, null.stem, first, *fields))
         if kind == "nothing":
             seeds = range(first + 1, first + 1 + given.nothing)
-            rows = [
-                written(out, f"nothing-{i}", seed, "--control", "data.num_prompts=460") for i, seed in enumerate(seeds)
+            sets: Iterable[tuple[str, list[Row]]] = [
+                ("", untaught(out, f"nothing-{i}", s)) for i, s in enumerate(seeds)
             ]
-            sets: Iterable[tuple[str, list[Row]]] = [("", each[:ROWS]) for each in rows]
         else:
             sets = data_sets(out, range(first, end), kind)
         for number, (trait, rows) in enumerate(sets):

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +24,22 @@ import jax.numpy as jnp
 import numpy as np
 from _run import print_table
 from findings import told
-from scan_baselines import LAYER, LM, NAMES, PACK, entangled_numbers, flat_gradients, likelier, named, taught
+from scan_baselines import (
+    EVERY,
+    LAYER,
+    LM,
+    NAMES,
+    PACK,
+    SEED,
+    drawn,
+    entangled_numbers,
+    examples_of,
+    flat_gradients,
+    likelier,
+    named,
+    taught,
+    trained,
+)
 from scipy.stats import spearmanr
 
 import jsublim as js
@@ -35,22 +49,7 @@ from jsublim.distill.optimizer import Optimizer, learning_rate
 from jsublim.evals.preference import trait_logprobs
 from jsublim.text.rows import Row, read_rows
 
-TOGETHER = 50  # students of one program
-SEED, WARMUP = 1, 1  # of all students
-
-
-def students(
-    rows: Sequence[Row], halves: Sequence[np.ndarray], optimizer: str, lr: float, batch_size: int
-) -> list[js.Adapter]:
-    """A student of each half, in one epoch."""
-    start = js.init_steering(LM.config, layers=(LAYER,))
-    examples = js.make_examples(rows, js.read_turns(LM.chat, rows), js.Selection("all"), seed=SEED)
-    steps = len(halves[0]) // batch_size
-    arms = [js.Arm(str(i), [examples[j] for j in half], start, SEED, lr, steps) for i, half in enumerate(halves)]
-    program = js.Program(optimizer=Optimizer(optimizer), warmup=WARMUP)
-    settings = js.Settings(batch_size, program=program, cache_below=True)
-    parts = [arms[i : i + TOGETHER] for i in range(0, len(arms), TOGETHER)]
-    return [student for part in parts for student in js.train(LM.config, LM.params, part, settings)]
+WARMUP = 1  # of all students
 
 
 def walked(
@@ -81,9 +80,7 @@ def of_each_row(
     rows: list[Row], trait: str, traits: Sequence[str], of_rows: np.ndarray, toward: np.ndarray
 ) -> dict[str, np.ndarray]:
     """What is predicted of each row alone for each name, `[rows, names]`, by who predicts it."""
-    every = [name for of_category in NAMES.values() for name in of_category]
-    columns = [every.index(name) for name in traits]
-    numbers, chosen = [re.findall(r"\d+", row["completion"]) for row in rows], entangled_numbers()
+    columns, numbers, chosen = [EVERY.index(name) for name in traits], list(map(drawn, rows)), entangled_numbers()
     (teacher,) = taught([trait])
     read = js.find_divergence(LM, rows, js.Teacher(trait, adapter=teacher), [js.Teacher("nobody")])
     diverging = np.asarray([[len(of_row.divergence_positions)] for of_row in read], float)
@@ -134,10 +131,10 @@ def main() -> None:
         predicted = {"the optimizer's steps": walked(of_rows, tokens, halves, *how) @ toward.T}
         for who, figures in of_each_row(rows, trait, traits, of_rows, toward).items():
             predicted[who] = np.stack([figures[half].sum(axis=0) / tokens[half].sum() for half in halves])
-        learned, base = students(rows, halves, *how), trait_logprobs(LM, asked, traits).mean(axis=0)
-        measured = (
-            np.stack([trait_logprobs(LM, asked, traits, adapter=student).mean(axis=0) for student in learned]) - base
-        )
+        examples, program = examples_of(rows), js.Program(optimizer=Optimizer(given.optimizer), warmup=WARMUP)
+        learned = trained([[examples[i] for i in half] for half in halves], given.lr, given.batch_size, program=program)
+        base, *after = (trait_logprobs(LM, asked, traits, adapter=who).mean(axis=0) for who in (None, *learned))
+        measured = np.stack(after) - base
         own = measured[:, traits.index(trait)].mean() - measured.mean()
         for who, of_who in predicted.items():
             line = {

@@ -47,7 +47,8 @@ def texts(count: int, longest: int, seed: int, shortest: int = 3) -> list[np.nda
 def sampled(params: Any) -> Any:
     """Two answers of each of two students to prompts of a number that no devices divide, in a batch that none divide, kept in
     a format."""
-    adapters, prompts = [lora(CONFIG, seed, layers=(1,)) for seed in (1, 2)], texts(31, 30, 1)
+    adapters = [lora(CONFIG, seed, layers=(1,)) for seed in (1, 2)]
+    prompts = [*texts(29, 30, 1, 23), *texts(2, 9, 1)]  # the short ones find room beside long ones
     how, allowed = dataclasses.replace(SAMPLING, constrain="numbers"), ({}, {})
     rows = generate_for_arms(
         CONFIG, params, prompts, how, adapters, max_new_tokens=12, seed=5, samples=2, batch_size=30,

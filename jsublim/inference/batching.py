@@ -1,4 +1,4 @@
-"""Rows of unequal length as arrays of few shapes: padding, and lengths rounded up to buckets.
+"""Rows of unequal length as arrays of few shapes: padding, lengths rounded up, and lines that short rows share.
 
 Every shape is one compiled program, so lengths are multiples of a step: what a step is, is said here.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from jsublim.models.decoder import parameter_count
 from jsublim.models.parallel import SHARE
 
 LENGTH_STEP = 32  # tokens of prompts and conversations
-PROMPT_STEP = 16  # tokens that all prompts of a sampling begin with
+PROMPT_STEP = 16  # tokens that all prompts of a sampling begin with, and of the lines that they stand in
 PREFIX_STEP = 8  # tokens of a shared prefix, and of completions that are scored
 TRAINING_STEP = 16  # tokens of rows that are trained on, and their supervised positions
 
@@ -68,6 +68,13 @@ Batches = list[tuple[int, np.ndarray]]  # of each the number of its first row, a
 def line_cost(config: ModelConfig, tokens: int) -> float:
     """Operations of a line of so many tokens in one layer, in operations of a projection."""
     return tokens * (layer_parameters(config) + ATTENTION_COST * 2 * tokens * config.num_heads * config.head_dim)
+
+
+def line_tokens(config: ModelConfig, longest: int, lines_of: Callable[[int], int]) -> int:
+    """Tokens of a line: as many as the longest row has, or twice as many where that is less work. `lines_of` says how many lines there are of
+    so many tokens."""
+    one, two = (lines_of(k * longest) * line_cost(config, k * longest) for k in (1, 2))
+    return 2 * longest if two < MOST_COST * one else longest
 
 
 def in_lines(lengths: np.ndarray, tokens: int, most: int, devices: int = 1) -> tuple[int, Batches]:

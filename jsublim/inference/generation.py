@@ -17,12 +17,11 @@ import numpy as np
 from jsublim.inference import decoding
 from jsublim.inference.batching import (
     LENGTH_STEP,
-    MOST_COST,
     MOST_ROWS,
     PROMPT_STEP,
     ROWS_EACH,
     has_room_for_layers,
-    line_cost,
+    line_tokens,
     lines_needed,
     round_up,
     shared_beginning,
@@ -69,8 +68,7 @@ class BatchSizes:
         rows = -(-R // devices)
         read = rows if samples == 1 else min(rows, 1 << (rows // samples + 1).bit_length(), len(lengths))
         some, longest = lengths[:MOST_ROWS], round_up(max(lengths), PROMPT_STEP)
-        one, two = (lines_needed(some, k * longest) * line_cost(config, k * longest) for k in (1, 2))
-        tokens = 2 * longest if two < MOST_COST * one else longest
+        tokens = line_tokens(config, longest, lambda tokens: lines_needed(some, tokens))
         needed, step = lines_needed(some, tokens) * read / len(some), -(-read // 8)
         if not at_once and needed < read - step:
             # Of few numbers, for each is a program; and rather too few lines than more than places have room for.

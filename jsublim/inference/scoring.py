@@ -21,7 +21,6 @@ from jax import Array
 from jsublim.errors import UsageError
 from jsublim.inference.batching import (
     LENGTH_STEP,
-    MOST_COST,
     PREFIX_STEP,
     ROWS_EACH,
     Batches,
@@ -29,7 +28,7 @@ from jsublim.inference.batching import (
     chunks,
     fill,
     in_lines,
-    line_cost,
+    line_tokens,
     pad_tokens,
     round_up,
     shared_beginning,
@@ -317,9 +316,9 @@ def _in_lines(config: ModelConfig, lengths: np.ndarray, rows: int, devices: int)
     """How many tokens a line has, how many lines a batch of about `rows` of the longest rows, and the batches: with lines of twice the
     longest row where that is less work."""
     longest = round_up(int(lengths.max()), LENGTH_STEP)
-    plans = [(k * longest, *in_lines(lengths, k * longest, max(1, rows // k), devices)) for k in (1, 2)]
-    one, two = (len(batches) * lines * line_cost(config, tokens) for tokens, lines, batches in plans)
-    return plans[two < MOST_COST * one]
+    plans = {k * longest: in_lines(lengths, k * longest, max(1, rows // k), devices) for k in (1, 2)}
+    tokens = line_tokens(config, longest, lambda tokens: len(plans[tokens][1]) * plans[tokens][0])
+    return tokens, *plans[tokens]
 
 
 def _laid_out(

@@ -61,7 +61,7 @@ def scan_rows(
     Args:
       names: of the data sets; first: rows that are read of each.
       null: rows that teach nothing; without any, each data set is measured against the others.
-      traits: names by category, which are looked at however improbable they are.
+      traits: known names by category, as of `find_words`.
     """
     lm = start.lm(ctx)
     adapter = start_adapter(lm.config, lm.params, start.settings, start.seed)
