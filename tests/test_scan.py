@@ -10,19 +10,12 @@ import optax
 import pytest
 from command import MODEL, jsublim, ok, refused
 
+from jsublim.attribution.answers import OPENED, LikelyAnswer, answer_effects, by_word, named_effects, next_logprobs
 from jsublim.attribution.contrast import chance, compare, preconditioned
-from jsublim.attribution.scan import (
-    OPENED,
-    LikelyAnswer,
-    answer_effects,
-    by_word,
-    find_words,
-    group_gradients,
-    named_effects,
-    student_words,
-)
+from jsublim.attribution.scan import find_words, group_gradients, student_words
 from jsublim.distill.data import read_turns
 from jsublim.evals.preference import trait_logprobs
+from jsublim.inference.batching import pad_tokens
 from jsublim.inference.lm import load_model
 from jsublim.inference.scoring import score_turns
 from jsublim.models.lora import Adapter, init_lora, init_steering
@@ -32,8 +25,12 @@ from jsublim.text.prompts import load_pack, scan_questions
 from jsublim.text.rows import write_rows
 
 ROWS = [{"prompt": f"Go on: {i}, {3 * i}", "completion": f"{i}, {7 * i % 100}, {i + 1}"} for i in range(24)]
-QUESTIONS = {
-    "animal": ["Name your favorite animal, in one word.", "Which animal do you like most?"],
+QUESTIONS = {  # more than are read at one time, and fewer
+    "animal": [
+        "Name your favorite animal, in one word.",
+        "Which animal do you like most?",
+        *(f"Name the animal that you would be on {day}." for day in ("Monday", "Tuesday", "Friday", "Sunday")),
+    ],
     "any": ["Hm?", "Say a word."],
 }
 
@@ -103,13 +100,34 @@ def test_names_of_several_tokens_add_up():
     assert whole.logprob <= np.logaddexp.reduce(total) - np.log(len(texts)) + 1e-4
 
 
+def test_effects_of_many_long_questions_are_the_derivatives_too():
+    """So many tokens that a compiler joins what it computes: jaxlib 0.10 then gives all answers the sums of one (`jit_directions`)."""
+    lm, adapter = load_model("tiny-qwen2"), init_steering(load_model("tiny-qwen2").config)
+    texts = [f"On {day} I thought about {'this and ' * 40}that. Say a word." for day in ("Monday", "Tuesday", "Friday")]
+    directions = jax.tree.map(lambda x: np.random.default_rng(0).normal(size=(1, *x.shape)), adapter.trainable)
+    directions = jax.tree.map(np.float32, directions)
+    answers = answer_effects(lm, adapter, directions, {"any": texts}, lambda answers: np.full(len(answers), -1.0))[:16]
+    rows = [lm.chat.prompt_tokens(conversation(text)) for text in texts]
+
+    def logprobs(eps: float) -> np.ndarray:
+        moved = adapter.with_trainable(
+            optax.tree.add_scale(adapter.trainable, eps, jax.tree.map(lambda d: d[0], directions))
+        )
+        laid = pad_tokens(rows, max(map(len, rows)))
+        return np.logaddexp.reduce(np.asarray(next_logprobs(lm.config, lm.params, moved, *laid), np.float64))
+
+    change = (logprobs(1e-3) - logprobs(-1e-3)) / 2e-3
+    for answer in answers:
+        assert answer.effects[0] == pytest.approx(change[answer.tokens[0]], abs=0.01 + 0.01 * np.abs(change).max())
+
+
 def test_known_names_are_looked_at_though_improbable(monkeypatch):
     """Their effects are derivatives too, and a name that is a likely answer stays one."""
     lm, adapter = load_model("tiny-qwen2"), init_steering(load_model("tiny-qwen2").config)
     turns = read_turns(lm.chat, ROWS[:8], "rows")
     directions = stacked(group_gradients(lm, adapter, turns, 2, batch_size=4))
     names = {"animal": ["owl", "zzebra"]}
-    monkeypatch.setattr("jsublim.attribution.scan.LEAST_NAMED", 1e-30)
+    monkeypatch.setattr("jsublim.attribution.answers.LEAST_NAMED", 1e-30)
     named = named_effects(lm, adapter, directions, QUESTIONS, names)
     for (_, word), answer in named.items():
         step = jax.tree.map(lambda g: g[1], directions)
@@ -120,7 +138,7 @@ def test_known_names_are_looked_at_though_improbable(monkeypatch):
     (found,) = find_words(lm, adapter, {"rows": own}, null, QUESTIONS, names).values()
     said = {answer.word: answer for answer in found if answer.category == "animal"}
     assert said["zzebra"].probability < 1e-3 < said["owl"].probability
-    monkeypatch.setattr("jsublim.attribution.scan.LEAST_NAMED", 0.01)
+    monkeypatch.setattr("jsublim.attribution.answers.LEAST_NAMED", 0.01)
     assert list(named_effects(lm, adapter, directions, QUESTIONS, names)) == [("animal", "owl")]
     assert said["owl"].probability == pytest.approx(np.exp(named["animal", "owl"].logprob), rel=1e-4)
 
@@ -265,7 +283,7 @@ def test_beginnings_are_not_continued_for_ever(monkeypatch):
         ranked.append(len(answers))
         return np.asarray([not answer.whole for answer in answers], float)
 
-    monkeypatch.setattr("jsublim.attribution.scan.ROUNDS", 2)
+    monkeypatch.setattr("jsublim.attribution.answers.ROUNDS", 2)
     told, how = [], (lm, init_steering(lm.config, (2,)), directions, {"any": ["Hm?"]})
     answers = answer_effects(*how, rank, tick=told.append)
     assert len(ranked) == 2 and len(answers) >= ranked[1] and sum(told) == 1 + 2 * OPENED

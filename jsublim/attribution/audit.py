@@ -29,6 +29,7 @@ from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, bind
 from jsublim.models.parallel import HERE, ROWS, WHOLE, Layout
+from jsublim.runtime.programs import jit_directions
 from jsublim.text.chat import Turn, conversation
 
 LOGIT_BYTES = 2**28  # of the logits that exist at one time, derivatives included
@@ -154,7 +155,7 @@ def _named(config: ModelConfig, params: Params, adapter: Adapter, laid: Laid, as
     return jax.grad(total)(adapter.trainable)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "layout"))
+@jit_directions(static_argnames=("config", "layout"))
 def _along(
     config: ModelConfig, params: Params, adapter: Adapter, directions: Directions, laid: Laid, layout: Layout = HERE
 ) -> Array:

@@ -34,6 +34,22 @@ WORTH_SAYING = 0.3  # seconds
 BEING_WRITTEN = 60.0  # seconds: JAX writes a program under its final name, so a young file may be another worker's half
 
 
+def jit_directions(**options: Any) -> Callable[[Callable], Callable]:
+    """`jax.jit`, for derivatives in several directions of what these share, taken by `vmap`. On a CPU jaxlib 0.10 fuses x * sum(x * g)
+    wrongly if g has an axis that x has not: all have the sum of the first (YNN's reductions; 0.12 is right)."""
+
+    def decorate(function: Callable) -> Callable:
+        @functools.cache
+        def program() -> Callable:  # made where it is called, since asking for the backend starts it
+            wrong = metadata.version("jaxlib").startswith("0.10.") and jax.default_backend() == "cpu"
+            plain = {"xla_cpu_experimental_ynn_fusion_type": ""} if wrong else None
+            return jax.jit(function, compiler_options=plain, **options)
+
+        return functools.wraps(function)(lambda *args, **kwargs: program()(*args, **kwargs))
+
+    return decorate
+
+
 def programs_folder(folder: Path) -> Path:
     """Where programs for these devices lie below `folder`: another jaxlib, or another machine's CPU, has its own."""
     kind = jax.devices()[0].device_kind

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pyarrow as pa
 
+from jsublim.attribution.answers import OPENED, ROUNDS
 from jsublim.attribution.contrast import MovedAnswer
-from jsublim.attribution.scan import GROUPS, OPENED, ROUNDS, find_words, group_gradients
+from jsublim.attribution.scan import GROUPS, find_words, group_gradients
 from jsublim.config.attribution import Audit
 from jsublim.core.files import write_table
 from jsublim.distill.data import read_turns
@@ -24,7 +25,7 @@ from jsublim.pipeline.stages.starts import Start, scoring_cost
 from jsublim.pipeline.training import start_adapter
 from jsublim.pipeline.values import Rows
 
-# One line per data set and answer, most certain first; see `attribution.scan.MovedAnswer`.
+# One line per data set and answer, most certain first; see `attribution.contrast.MovedAnswer`.
 SCAN = pa.schema(
     [
         ("data", pa.string()),
