@@ -1,7 +1,7 @@
 """The tables of docs/performance.md, measured anew: `python -m benchmarks.page --model DIR --their-python theirs/bin/python`.
 
 `--ours` names interpreters that have ours (more than once: each has its columns), `--dtype` one or several; every dtype is a table of the page, and
-what was measured is kept beside it. Takes some twenty minutes per dtype on two cores, which must have nothing else to do.
+what was measured is kept beside it. Takes some forty minutes per dtype on two cores, which must have nothing else to do; half with `--turns 1`.
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ def main(
     ours: Annotated[list[str] | None, typer.Option(help="Interpreters that have ours; default: this one.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16; default: both.")] = None,
     threads: int = 2,
+    turns: Annotated[int, typer.Option(help="Of each line, at most.")] = 3,
 ) -> None:
     for kind in dtype or ["float32", "bfloat16"]:
         results = []
@@ -118,7 +119,7 @@ def main(
             of = str(BUNDLED / "tiny-qwen2") if line.tiny else model
             how = {
                 "dtype": kind,
-                "repeat": line.repeat,
+                "repeat": min(line.repeat, turns),
                 "threads": threads,
                 "ours": ours or [sys.executable],
                 "theirs": their_python,
