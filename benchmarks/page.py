@@ -134,7 +134,8 @@ def main(
                 },
                 flush=True,
             )
-        (PAGE.with_name(f"performance-{kind}.json")).write_text(json.dumps(results, indent=1) + "\n")
+            # After every line: one that fails takes no other with it.
+            PAGE.with_name(f"performance-{kind}.json").write_text(json.dumps(results, indent=1) + "\n")
         PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), kind, table(results)), encoding="utf-8")
 
 

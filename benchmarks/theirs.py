@@ -262,7 +262,8 @@ def attribute(read: Any, sizes: Any, arrays: Any) -> Work:
             starts, ends = streams(ids), streams(other)
             # The last of `hidden_states` has the final norm in it, which is after the layer.
             starts[-1], ends[-1] = last_of(ids), last_of(other)
-            found.append(torch.stack([of_layer(ids, starts[k], ends[k], k, row) for k in range(len(layers))]).numpy())
+            of_row = torch.stack([of_layer(ids, starts[k], ends[k], k, row) for k in range(len(layers))])
+            found.append(of_row.float().cpu().numpy())
         return {"attribution": np.stack(found)}
 
     def run() -> None:
