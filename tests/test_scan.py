@@ -10,12 +10,20 @@ import optax
 import pytest
 from command import MODEL, jsublim, ok, refused
 
-from jsublim.attribution.answers import OPENED, LikelyAnswer, answer_effects, by_word, named_effects, next_logprobs
+from jsublim.attribution.answers import (
+    OPENED,
+    LikelyAnswer,
+    QuestionLine,
+    answer_effects,
+    by_word,
+    named_effects,
+    next_logprobs,
+    of_questions,
+)
 from jsublim.attribution.contrast import chance, compare, preconditioned
 from jsublim.attribution.scan import find_words, group_gradients, student_words
 from jsublim.distill.data import read_turns
 from jsublim.evals.preference import trait_logprobs
-from jsublim.inference.batching import pad_tokens
 from jsublim.inference.lm import load_model
 from jsublim.inference.scoring import score_turns
 from jsublim.models.lora import Adapter, init_lora, init_steering
@@ -47,9 +55,7 @@ def test_effects_are_the_derivatives_of_answers_probabilities(start):
     turns = read_turns(lm.chat, ROWS[:6], "rows")
     directions = stacked(group_gradients(lm, adapter, turns, 3, batch_size=2))
     answers = answer_effects(lm, adapter, directions, QUESTIONS, lambda answers: np.zeros(len(answers)))
-    alone = [
-        answer for answer in answers if answer.category == "animal" and len(answer.tokens) == 1 and not answer.whole
-    ][:4]
+    alone = [answer for answer in answers if answer.category == "animal" and not answer.whole][:4]
     rows = [lm.chat.prompt_tokens(conversation(text)) for text in QUESTIONS["animal"]]
 
     def logprobs(eps: float, group: int) -> np.ndarray:
@@ -57,7 +63,8 @@ def test_effects_are_the_derivatives_of_answers_probabilities(start):
         by_question = []
         for tokens in rows:
             z = lm.logits(tokens[None], adapter=adapter.with_trainable(moved))[0, -1]
-            by_question.append(np.asarray(jax.nn.softmax(z))[[answer.tokens[0] for answer in alone]])
+            p_V = np.asarray(jax.nn.softmax(z))
+            by_question.append([sum(p_V[token] for (token,) in answer.spellings) for answer in alone])
         return np.log(np.mean(by_question, axis=0))
 
     eps = 1.0 if adapter.steering is not None else 20.0
@@ -92,11 +99,11 @@ def test_names_of_several_tokens_add_up():
         lm, adapter, directions, {"animal": texts}, lambda answers: np.asarray([a.logprob for a in answers])
     )
     whole = max((answer for answer in answers if answer.whole), key=lambda answer: answer.logprob)
-    rows = [np.concatenate([lm.chat.prompt_tokens(conversation(text)), whole.tokens]) for text in texts]
-    n, total = len(whole.tokens), []
+    rows = [np.concatenate([lm.chat.prompt_tokens(conversation(text)), whole.spellings[0]]) for text in texts]
+    n, total = len(whole.spellings[0]), []
     for tokens in rows:
         logp = np.asarray(jax.nn.log_softmax(lm.logits(tokens[None])[0]))
-        total.append(sum(logp[len(tokens) - n + i - 1, whole.tokens[i]] for i in range(n)))
+        total.append(sum(logp[len(tokens) - n + i - 1, whole.spellings[0][i]] for i in range(n)))
     assert whole.logprob <= np.logaddexp.reduce(total) - np.log(len(texts)) + 1e-4
 
 
@@ -113,12 +120,16 @@ def test_effects_of_many_long_questions_are_the_derivatives_too():
         moved = adapter.with_trainable(
             optax.tree.add_scale(adapter.trainable, eps, jax.tree.map(lambda d: d[0], directions))
         )
-        laid = pad_tokens(rows, max(map(len, rows)))
-        return np.logaddexp.reduce(np.asarray(next_logprobs(lm.config, lm.params, moved, *laid), np.float64))
+        lines = QuestionLine.of(rows, 2 * max(map(len, rows)))
+        assert len(lines) < len(rows)
+        read = (of_questions(next_logprobs(lm.config, lm.params, moved, line, np.int32(0)), line) for line in lines)
+        return np.logaddexp.reduce(np.concatenate([*read]))
 
     change = (logprobs(1e-3) - logprobs(-1e-3)) / 2e-3
     for answer in answers:
-        assert answer.effects[0] == pytest.approx(change[answer.tokens[0]], abs=0.01 + 0.01 * np.abs(change).max())
+        assert answer.effects[0] == pytest.approx(
+            change[answer.spellings[0][0]], abs=0.01 + 0.01 * np.abs(change).max()
+        )
 
 
 def test_known_names_are_looked_at_though_improbable(monkeypatch):
@@ -147,8 +158,8 @@ def test_spellings_are_one_word():
     lm = load_model("tiny-qwen2")
     one, other = (lm.chat.tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("Owl", "owl"))
     answers = [
-        LikelyAnswer("animal", tuple(one), np.log(0.3), np.asarray([1.0])),
-        LikelyAnswer("animal", tuple(other), np.log(0.1), np.asarray([5.0])),
+        LikelyAnswer("animal", (tuple(one),), np.log(0.3), np.asarray([1.0])),
+        LikelyAnswer("animal", (tuple(other),), np.log(0.1), np.asarray([5.0])),
     ]
     (merged,) = by_word(lm, answers).values()
     assert np.exp(merged.logprob) == pytest.approx(0.4) and merged.effects[0] == pytest.approx(

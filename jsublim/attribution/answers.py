@@ -7,7 +7,7 @@ answers are found token by token, and of each the gradient is taken once, whatev
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +18,19 @@ from jax import Array
 from jsublim.attribution.audit import trait_directions
 from jsublim.core.progress import Tick, no_tick
 from jsublim.evals.preference import trait_logprobs
-from jsublim.inference.batching import PROMPT_STEP, pad_tokens, round_up
+from jsublim.inference.batching import (
+    PROMPT_STEP,
+    branched,
+    fill,
+    line_cost,
+    pad_tokens,
+    round_up,
+    shared_beginning,
+)
 from jsublim.inference.lm import LanguageModel
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
-from jsublim.models.decoder import Params
+from jsublim.models.decoder import Branches, Params
 from jsublim.models.lora import Adapter, Trainable, bind
 from jsublim.models.parallel import WHOLE, Layout
 from jsublim.runtime.programs import jit_directions
@@ -31,8 +39,8 @@ from jsublim.text.chat import conversation
 LEAST = 1e-3  # probability, mean over a category's questions, below which an answer is not looked at
 LEAST_NAMED = 1e-6  # the same for a known name
 TOKENS = 256  # that are looked at in a category, the most probable ones
-ASKED = 5  # questions that are read at one time
-TOGETHER = 8  # answers whose derivatives are held at one time
+ASKED = 8  # questions that stand side by side in a line, at most
+TOGETHER = 4  # answers whose derivatives are held at one time
 LONGEST = 4  # tokens of an answer
 OPENED = 6  # beginnings that are continued at one time
 ROUNDS = 16  # of that at most: where nothing stands out, each round finds other beginnings
@@ -42,13 +50,14 @@ class LikelyAnswer(NamedTuple):
     """An answer to the questions of a category, or the beginning of one, and how far rows would move it.
 
     Attributes:
+      spellings: its tokens; of a first token every likely spelling of the word, the likeliest first.
       logprob: the log of its probability, mean over the questions.
       effects: float64 `[K]`, what a step in each direction adds to that, nats per unit of length.
       whole: it is known to end there.
     """
 
     category: str
-    tokens: tuple[int, ...]
+    spellings: tuple[tuple[int, ...], ...]
     logprob: float
     effects: np.ndarray
     whole: bool = False
@@ -75,33 +84,30 @@ def answer_effects(
     layout, params = Layout.under(lm.params)
     adapter, toward = layout.place_weights(adapter), layout.place_weights(directions, None)
     prompts = question_tokens(lm, questions, **manner)
-    # One shape, and so one program, whatever the category.
-    length = round_up(max(len(text) for texts in prompts.values() for text in texts) + LONGEST, PROMPT_STEP)
-    most = round_up(max(map(len, prompts.values())), ASKED)
+    length = QuestionLine.length(lm.config, prompts.values(), LONGEST - 1)
 
-    def look(begun: LikelyAnswer) -> Iterator[LikelyAnswer]:
+    def look(category: str, begun: tuple[int, ...] = ()) -> Iterator[LikelyAnswer]:
         """What is likely to come after a beginning; if that is an end, the beginning itself."""
-        texts = [np.concatenate([text, np.asarray(begun.tokens, text.dtype)]) for text in prompts[begun.category]]
-        laid = layout.place_as(WHOLE, pad_tokens(texts, length, size=most))
-        least = np.float32(np.log(LEAST) - begun.logprob - 1e-3)  # rounding leaves none out
-        count = min(TOKENS, lm.config.vocab_size)
-        found = _answers(lm.config, params, adapter, toward, *laid, np.int32(len(texts)), least, count=count)
-        for token, logp, effects in zip(*(np.asarray(x, np.float64) for x in Layout.host(found)), strict=True):
-            tokens, logprob = (*begun.tokens, int(token)), begun.logprob + float(logp)
-            if logprob < np.log(LEAST):
-                continue
-            over = bool(begun.tokens) and _ends(lm, int(token))
-            yield LikelyAnswer(
-                begun.category,
-                begun.tokens if over else tokens,
-                logprob,
-                begun.effects + effects,
-                over or len(tokens) == LONGEST,
-            )
+        texts = [np.concatenate([text, np.asarray(begun, text.dtype)]) for text in prompts[category]]
+        lines = [layout.place_as(WHOLE, line) for line in QuestionLine.of(texts, length)]
+        model, count = (lm.config, params, adapter), np.int32(len(begun))
+        logp_V = functools.reduce(
+            np.logaddexp, (row for line in lines for row in of_questions(next_logprobs(*model, line, count), line))
+        )
+        answers = _likely_answers(lm, logp_V - np.log(len(texts)), begun)
+        answer_V, total_S = np.full(lm.config.vocab_size, -1, np.int32), np.zeros(TOKENS, np.float32)
+        for number, tokens in enumerate(answers.values()):
+            answer_V[tokens], total_S[number] = number, np.logaddexp.reduce(logp_V[tokens])
+        weights = (answer_V, total_S, np.int32(len(answers)))
+        parts = np.asarray([Layout.host(_effects(*model, toward, line, count, *weights)) for line in lines], np.float64)
+        for (ending, tokens), total, effect in zip(answers.items(), total_S, parts.sum(axis=0), strict=False):
+            spellings = (begun,) if ending == () else tuple((*begun, token) for token in tokens)
+            whole = ending == () or len(begun) + 1 == LONGEST
+            yield LikelyAnswer(category, spellings, float(total) - np.log(len(texts)), effect, whole)
 
     answers = list[LikelyAnswer]()
     for category in prompts:
-        answers += look(LikelyAnswer(category, (), 0.0, np.zeros(())))
+        answers += look(category)
         tick(1)
     for number in range(ROUNDS):
         order = np.argsort(-rank(answers), kind="stable")[:OPENED]
@@ -110,9 +116,22 @@ def answer_effects(
             tick(OPENED * (ROUNDS - number))
             break
         answers = [answer for i, answer in enumerate(answers) if i not in begun] + [
-            longer for i in sorted(begun) for longer in look(answers[i])
+            longer
+            for i in sorted(begun)
+            for tokens in answers[i].spellings
+            for longer in look(answers[i].category, tokens)
         ]
         tick(OPENED)
+    return answers
+
+
+def _likely_answers(lm: LanguageModel, logp_V: np.ndarray, begun: Sequence[int]) -> dict[Any, list[int]]:
+    """The likely next tokens as answers, of each its tokens: first tokens by their word; after a beginning by themselves, and all that end it
+    as (). The likeliest first."""
+    likely, answers = np.flatnonzero(logp_V >= np.log(LEAST)), dict[Any, list[int]]()
+    for token in likely[np.argsort(-logp_V[likely], kind="stable")][:TOKENS].tolist():
+        answer = (() if _ends(lm, token) else token) if begun else word_of(lm, (token,)) or token
+        answers.setdefault(answer, []).append(token)
     return answers
 
 
@@ -137,7 +156,7 @@ def named_effects(
         along = jax.tree.map(lambda t, d: t.reshape(len(t), -1) @ d.reshape(len(d), -1).T, toward, directions)
         for (word, logprob), effects in zip(words.items(), np.asarray(sum(jax.tree.leaves(along))), strict=True):
             found[category, word.lower()] = LikelyAnswer(
-                category, (), logprob, np.asarray(effects, np.float64), whole=True
+                category, ((),), logprob, np.asarray(effects, np.float64), whole=True
             )
     return found
 
@@ -172,7 +191,7 @@ def by_word(lm: LanguageModel, answers: Sequence[LikelyAnswer]) -> dict[tuple[st
     mean by probability."""
     spellings: dict[tuple[str, str], list[LikelyAnswer]] = {}
     for answer in answers:
-        if word := word_of(lm, answer.tokens):
+        if word := word_of(lm, answer.spellings[0]):
             spellings.setdefault((answer.category, word), []).append(answer)
     merged = {}
     for key, same in spellings.items():
@@ -182,70 +201,106 @@ def by_word(lm: LanguageModel, answers: Sequence[LikelyAnswer]) -> dict[tuple[st
     return merged
 
 
+class QuestionLine(NamedTuple):
+    """Questions side by side, after one beginning where theirs are the same (a chat template's)."""
+
+    tokens: Array  # int32 [1, T]
+    valid: Array  # bool [1, T]
+    branches: Branches  # of those, [1, T] each
+    last: Array  # int32 [1, ASKED], where each question ends; -1 where there is none
+
+    @classmethod
+    def of(cls, texts: Sequence[np.ndarray], length: int) -> list[QuestionLine]:
+        """As few lines of so many tokens as consecutive questions need, on the host."""
+        lines = list[list[np.ndarray]]()
+        for text in texts:
+            if not lines or len(lines[-1]) == ASKED or _line_tokens([*lines[-1], text]) > length:
+                lines.append([])
+            lines[-1].append(text)
+        return [cls._of_line(line, length) for line in lines]
+
+    @classmethod
+    def _of_line(cls, texts: Sequence[np.ndarray], length: int) -> QuestionLine:
+        n = shared_beginning(texts, 1)
+        rest, number = [len(text) - n for text in texts], np.zeros(0, np.int32)
+        tokens = np.concatenate([texts[0][:n], *(text[n:] for text in texts)])
+        branches = Branches(*(fill([x], length, number) for x in branched(n, rest)))  # type: ignore[arg-type]
+        last = fill([n + np.cumsum(rest)], ASKED, number) - 1
+        return cls(*pad_tokens([tokens], length), branches, last)  # type: ignore[arg-type]
+
+    @classmethod
+    def length(cls, config: ModelConfig, groups: Collection[Sequence[np.ndarray]], more: int) -> int:
+        """Tokens of the lines in which these groups of questions are least work: one length, and so one program, for all. Each question may
+        have `more` tokens after it."""
+        longest = round_up(max(len(text) for texts in groups for text in texts) + more, PROMPT_STEP)
+
+        def work(length: int) -> float:
+            return sum(len(cls.of(texts, length)) for texts in groups) * line_cost(config, length)
+
+        return min(range(longest, 4 * longest + 1, PROMPT_STEP), key=work)
+
+
+def _line_tokens(texts: Sequence[np.ndarray]) -> int:
+    n = shared_beginning(texts, 1)
+    return n + sum(len(text) - n for text in texts)
+
+
+def of_questions(logp_QV: Array, line: QuestionLine) -> np.ndarray:
+    """Of a line's questions, on the host: float64 `[Q, V]`."""
+    return np.asarray(Layout.host(logp_QV), np.float64)[Layout.host(line.last)[0] >= 0]
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def next_logprobs(
-    config: ModelConfig, params: Params, adapter: Adapter | None, tokens_QT: Array, valid_QT: Array
+    config: ModelConfig, params: Params, adapter: Adapter | None, line: QuestionLine, begun: Array
 ) -> Array:
-    """Log-probabilities of what comes after each question, float32 `[Q, V]`."""
+    """Log-probabilities of what comes after each question of a line, float32 `[ASKED, V]`: of the last `begun` tokens there (fewer than LONGEST)
+    and one that follows, together."""
     params, adapter = bind(params, adapter)
-    h_QTD, _ = decoder.hidden_states(config, params, tokens_QT, valid_QT, adapter=adapter)
-    h_QD = jnp.take_along_axis(h_QTD, (valid_QT.sum(axis=1) - 1)[:, None, None], axis=1)[:, 0]
-    return jax.nn.log_softmax(decoder.logits(config, params, h_QD))
+    h_TD = decoder.hidden_states(config, params, line.tokens, line.valid, adapter=adapter, branches=line.branches)[0][0]
+    where_QJ = jnp.maximum(line.last[0, :, None] + jnp.arange(1 - LONGEST, 1), 0)
+    logp_QJV = jax.nn.log_softmax(decoder.logits(config, params, h_TD[where_QJ]))
+    labels_QJ = line.tokens[0, where_QJ[:, :-1] + 1]
+    of_begun_QJ = jnp.take_along_axis(logp_QJV[:, :-1], labels_QJ[..., None], axis=2)[..., 0]
+    counted_J = jnp.arange(1 - LONGEST, 0) >= -begun
+    return logp_QJV[:, -1] + jnp.where(counted_J, of_begun_QJ, 0).sum(axis=1, keepdims=True)
 
 
-@jit_directions(static_argnames=("config", "count"))
-def _answers(
+@jit_directions(static_argnames="config")
+def _effects(
     config: ModelConfig,
     params: Params,
     adapter: Adapter,
     directions: Trainable,
-    tokens_QT: Array,
-    valid_QT: Array,
-    asked: Array,
-    least: Array,
-    *,
-    count: int,
-) -> tuple[Array, Array, Array]:
-    """The `count` likeliest next tokens after the first `asked` questions, the log of each one's mean probability over them, and its
-    derivative in each direction `[S, K]`: of those whose log is `least` or more, zero of the others.
+    line: QuestionLine,
+    begun: Array,
+    answer_V: Array,
+    total_S: Array,
+    count: Array,
+) -> Array:
+    """What a line's questions add to the derivative, in each direction, of the log of an answer's mean probability: float32 `[TOKENS, K]`,
+    of the first `count` answers; zero of the others.
 
-    Questions are read ASKED at a time, and no more than are asked: twice, for the weight of a question in a derivative is its share of
-    the token's probability, which is known when all have been read."""
-    K, V = len(jax.tree.leaves(directions)[0]), config.vocab_size
-    together = min(TOGETHER, count)
+    Args:
+      answer_V: the number of the answer that a token is, -1 of the others; total_S: the log of the sum of an answer's probability over all questions.
+    """
+    K = len(jax.tree.leaves(directions)[0])
+    logp_QV, back = jax.vjp(
+        lambda trainable: next_logprobs(config, params, adapter.with_trainable(trainable), line, begun),
+        adapter.trainable,
+    )
+    there_Q = line.last[0] >= 0
 
-    def logprobs(trainable: Trainable, number: Array) -> Array:
-        """Of the next questions, `[ASKED, V]`; zero probability after those that are not asked."""
-        part = (jax.lax.dynamic_slice_in_dim(x, number * ASKED, ASKED) for x in (tokens_QT, valid_QT))
-        there_Q = number * ASKED + jnp.arange(ASKED) < asked
-        return jnp.where(
-            there_Q[:, None], next_logprobs(config, params, adapter.with_trainable(trainable), *part), -jnp.inf
-        )
+    def gradient(answer: Array) -> Trainable:
+        """A question's weight in a derivative is its share of the answer's probability."""
+        of_answer_QV = there_Q[:, None] & (answer_V == answer)
+        return back(jnp.where(of_answer_QV, jnp.exp(logp_QV - total_S[answer]), 0))[0]
 
-    def read(number: Array, logp_V: Array) -> Array:
-        return jnp.logaddexp(logp_V, jax.nn.logsumexp(logprobs(adapter.trainable, number), axis=0))
+    def some(block: Array, effects_SK: Array) -> Array:
+        """The next answers. Each is one pass back, whatever the number of directions: few answers are likely."""
+        answers = block * TOGETHER + jnp.arange(TOGETHER)
+        gradients = jax.vmap(gradient)(answers)
+        along = jax.tree.map(lambda g, d: g.reshape(TOGETHER, -1) @ d.reshape(K, -1).T, gradients, directions)
+        return jax.lax.dynamic_update_slice(effects_SK, sum(jax.tree.leaves(along)), (block * TOGETHER, 0))
 
-    parts = -(-asked // ASKED)
-    total_V = jax.lax.fori_loop(0, parts, read, jnp.full(V, -jnp.inf))
-    logp_S, ids_S = jax.lax.top_k(total_V - jnp.log(asked), count)
-    likely = (logp_S >= least).sum()
-
-    def derivatives(number: Array, effects_SK: Array) -> Array:
-        """What the next questions add to the effects."""
-        logp_QV, back = jax.vjp(lambda trainable: logprobs(trainable, number), adapter.trainable)
-
-        def gradient(token: Array) -> Trainable:
-            share_Q = jnp.exp(logp_QV[:, token] - total_V[token])
-            return back(share_Q[:, None] * jax.nn.one_hot(token, V))[0]
-
-        def some(block: Array, added_SK: Array) -> Array:
-            """The next answers. Each is one pass back, whatever the number of directions: few answers are likely."""
-            first = jnp.minimum(block * together, count - together)
-            ids = jax.lax.dynamic_slice(ids_S, (first,), (together,))
-            gradients = jax.vmap(gradient)(ids)
-            along = jax.tree.map(lambda g, d: g.reshape(together, -1) @ d.reshape(K, -1).T, gradients, directions)
-            return jax.lax.dynamic_update_slice(added_SK, sum(jax.tree.leaves(along)), (first, 0))
-
-        return effects_SK + jax.lax.fori_loop(0, -(-likely // together), some, jnp.zeros_like(effects_SK))
-
-    return ids_S, logp_S, jax.lax.fori_loop(0, parts, derivatives, jnp.zeros((count, K)))
+    return jax.lax.fori_loop(0, -(-count // TOGETHER), some, jnp.zeros((TOKENS, K)))

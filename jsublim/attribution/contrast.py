@@ -8,10 +8,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jsublim.inference.batching import chunks
 from jsublim.models.lora import Trainable
 
 RIDGE = 0.1  # of the mean variance, added to that of each number of a gradient
 SHUFFLES = 999  # of groups between data set and null
+SHUFFLED = 32  # at one time
 
 
 class MovedAnswer(NamedTuple):
@@ -49,16 +51,16 @@ def findings(
 
 
 def compare(own: np.ndarray, null: np.ndarray | None, categories: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """How far effects of groups of rows `[G, W]` lie beyond those of null groups `[N, W]` (None: beyond zero), and the error of that,
-    `[W]` each. NaN is a group that there is not. Half of an error's variance is the answer's own, half the middle one of its category (`[W]`): few groups tell it badly."""
+    """How far effects of groups of rows `[..., G, W]` lie beyond those of null groups `[..., N, W]` (None: beyond zero), and the error of
+    that, `[..., W]` each. NaN is a group that there is not. Half of an error's variance is the answer's own, half the middle one of its category (`[W]`): few groups tell it badly."""
     sides = [own] if null is None else [own, null]
-    change = np.nanmean(own, axis=0) - (0.0 if null is None else np.nanmean(null, axis=0))
-    counted = [(side, (~np.isnan(side)).sum(axis=0)) for side in sides]
-    variance = np.sum([np.nanvar(side, axis=0, ddof=1) / count for side, count in counted], axis=0)
+    change = np.nanmean(own, axis=-2) - (0.0 if null is None else np.nanmean(null, axis=-2))
+    counted = [(side, (~np.isnan(side)).sum(axis=-2)) for side in sides]
+    variance = np.sum([np.nanvar(side, axis=-2, ddof=1) / count for side, count in counted], axis=0)
     middle, named = np.zeros_like(variance), np.asarray(categories)
     for category in np.unique(named):
         of = named == category
-        middle[of] = np.median(variance[of])
+        middle[..., of] = np.median(variance[..., of], axis=-1, keepdims=True)
     return change, np.sqrt((variance + middle) / 2) + np.finfo(float).tiny
 
 
@@ -66,15 +68,17 @@ def chance(
     own: np.ndarray, null: np.ndarray | None, categories: Sequence[str], seed: int = 0
 ) -> tuple[np.ndarray, float]:
     """p of each answer and its limit, as of `MovedAnswer`: groups are shuffled between the sides, or where there is no null their signs are."""
-    rng, largest = np.random.default_rng(seed), []
+    rng, largest = np.random.default_rng(seed), list[float]()
     change, error = compare(own, null, categories)
-    for _ in range(SHUFFLES):
+    both, n = own if null is None else np.concatenate([own, null]), len(own)
+    for part in chunks(SHUFFLES, SHUFFLED):
+        each = range(part.start, part.stop)
         if null is None:
-            shuffled = compare(rng.choice([-1.0, 1.0], len(own))[:, None] * own, None, categories)
+            mixed = np.stack([rng.choice([-1.0, 1.0], n)[:, None] * both for _ in each])
         else:
-            mixed = rng.permutation(np.concatenate([own, null]))
-            shuffled = compare(mixed[: len(own)], mixed[len(own) :], categories)
-        largest.append((shuffled[0] / shuffled[1]).max())
+            mixed = np.stack([rng.permutation(both) for _ in each])
+        shuffled = compare(mixed[:, :n], None if null is None else mixed[:, n:], categories)
+        largest += (shuffled[0] / shuffled[1]).max(axis=1).tolist()
     as_large = (np.asarray(largest)[:, None] >= change / error).sum(axis=0)
     return (1 + as_large) / (1 + SHUFFLES), float(np.quantile(largest, 0.95))
 

@@ -20,10 +20,12 @@ from jax import Array
 from jsublim.attribution.answers import (
     LEAST,
     LikelyAnswer,
+    QuestionLine,
     answer_effects,
     by_word,
     named_effects,
     next_logprobs,
+    of_questions,
     question_tokens,
     word_of,
 )
@@ -31,7 +33,7 @@ from jsublim.attribution.audit import Laid, label_logprobs, laid_sizes, lay_out,
 from jsublim.attribution.contrast import MovedAnswer, compare, findings, preconditioned
 from jsublim.core.progress import Tick, no_tick
 from jsublim.distill.data import read_turns
-from jsublim.inference.batching import PROMPT_STEP, chunks, pad_tokens, round_up
+from jsublim.inference.batching import chunks, round_up
 from jsublim.inference.lm import LanguageModel
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
@@ -190,12 +192,14 @@ def student_words(
     layout, params = Layout.under(lm.params)
     student, *others = (layout.place_weights(adapter) for adapter in (student, other) if adapter is not None)
     prompts = question_tokens(lm, questions, **manner)
-    most = max(map(len, prompts.values()))
+    most, length = max(map(len, prompts.values())), QuestionLine.length(lm.config, prompts.values(), 0)
     changes, categories, words, shares = [], list[str](), list[str](), list[float]()
     for category, rows in prompts.items():
-        laid = layout.place_as(WHOLE, pad_tokens(rows, round_up(max(map(len, rows)), PROMPT_STEP), size=len(rows)))
+        lines = [layout.place_as(WHOLE, line) for line in QuestionLine.of(rows, length)]
         before, after = (
-            np.asarray(Layout.host(next_logprobs(lm.config, params, adapter, *laid)), np.float64)[: len(rows)]
+            np.concatenate(
+                [of_questions(next_logprobs(lm.config, params, adapter, line, np.int32(0)), line) for line in lines]
+            )
             for adapter in (others[0] if others else None, student)
         )
         tokens: dict[str, list[int]] = {}
