@@ -11,6 +11,7 @@ import pytest
 from command import MODEL, jsublim, ok, refused
 
 from jsublim.attribution.answers import (
+    LONGEST,
     OPENED,
     LikelyAnswer,
     QuestionLine,
@@ -90,21 +91,43 @@ def test_a_groups_gradient_is_that_of_its_rows_mean_loss_whatever_the_batch():
     assert (mean(1) - mean(-1)) / (2 * eps) == pytest.approx(float((later["steering"] ** 2).sum()), rel=0.02)
 
 
-def test_names_of_several_tokens_add_up():
-    """A beginning that matters is continued, and the probability of what it becomes is the product of its tokens'."""
-    lm = load_model("tiny-qwen2")
+def test_names_of_several_tokens_add_up(monkeypatch):
+    """A beginning that matters is continued until it ends or is long: what is said of it is said of the whole, in all questions."""
+    lm, least = (
+        load_model("tiny-qwen2"),
+        1e-6,
+    )  # the answers of so small a model are words of one token, but for improbable ones
     adapter, texts = init_steering(lm.config), QUESTIONS["animal"]
+    monkeypatch.setattr("jsublim.attribution.answers.LEAST", least)
+    monkeypatch.setattr("jsublim.attribution.answers.ROUNDS", 4)
     directions = jax.tree.map(lambda x: np.ones((1, *x.shape), np.float32), adapter.trainable)
-    answers = answer_effects(
-        lm, adapter, directions, {"animal": texts}, lambda answers: np.asarray([a.logprob for a in answers])
-    )
-    whole = max((answer for answer in answers if answer.whole), key=lambda answer: answer.logprob)
-    rows = [np.concatenate([lm.chat.prompt_tokens(conversation(text)), whole.spellings[0]]) for text in texts]
-    n, total = len(whole.spellings[0]), []
-    for tokens in rows:
-        logp = np.asarray(jax.nn.log_softmax(lm.logits(tokens[None])[0]))
-        total.append(sum(logp[len(tokens) - n + i - 1, whole.spellings[0][i]] for i in range(n)))
-    assert whole.logprob <= np.logaddexp.reduce(total) - np.log(len(texts)) + 1e-4
+
+    def rank(answers):  # the longest beginning
+        return np.asarray([answer.logprob + 20 * len(answer.spellings[0]) * (not answer.whole) for answer in answers])
+
+    answers = answer_effects(lm, adapter, directions, {"animal": texts}, rank)
+    rows = [lm.chat.prompt_tokens(conversation(text)) for text in texts]
+    ends = [
+        t for t in range(lm.config.vocab_size) if t in lm.chat.stop_tokens() or not lm.chat.decode([t])[:1].isalnum()
+    ]
+
+    def probability(name: tuple[int, ...], eps: float) -> float:
+        moved = adapter.with_trainable(jax.tree.map(lambda w: w + eps, adapter.trainable))
+        joint = []
+        for tokens in rows:
+            z = lm.logits(np.concatenate([tokens, name])[None], adapter=moved)[0]
+            logp = np.asarray(jax.nn.log_softmax(z), np.float64)[len(tokens) - 1 :]
+            begun = sum(logp[i, token] for i, token in enumerate(name))
+            joint.append(np.exp(begun + (logp[len(name), ends] if len(name) < LONGEST else [0.0])))
+        mean = np.mean(joint, axis=0)
+        return np.log(mean[mean >= least].sum())
+
+    for length in ([2, 3], [LONGEST]):
+        whole = next(answer for answer in answers if answer.whole and len(answer.spellings[0]) in length)
+        (name,) = whole.spellings
+        assert whole.logprob == pytest.approx(probability(name, 0.0), abs=1e-3)
+        slope = (probability(name, 1e-3) - probability(name, -1e-3)) / 2e-3
+        assert whole.effects[0] == pytest.approx(slope, rel=0.03)
 
 
 def test_effects_of_many_long_questions_are_the_derivatives_too():
