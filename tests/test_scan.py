@@ -49,14 +49,16 @@ def stacked(groups):
 
 
 @pytest.mark.parametrize("start", [init_steering, lambda config: init_lora(config, jax.random.key(1), rank=2, alpha=2)])
-def test_effects_are_the_derivatives_of_answers_probabilities(start):
+def test_effects_are_the_derivatives_of_answers_probabilities(start, monkeypatch):
     """In the direction of the gradient of every group, against two steps along it; LoRA's and a vector's."""
+    monkeypatch.setattr("jsublim.attribution.answers.ROUNDS", 0)  # none is continued
     lm = load_model("tiny-qwen2")
     adapter = start(lm.config)
     turns = read_turns(lm.chat, ROWS[:6], "rows")
     directions = stacked(group_gradients(lm, adapter, turns, 3, batch_size=2))
     answers = answer_effects(lm, adapter, directions, QUESTIONS, lambda answers: np.zeros(len(answers)))
-    alone = [answer for answer in answers if answer.category == "animal" and not answer.whole][:4]
+    alone = [answer for answer in answers if answer.category == "animal"][:4]
+    assert len(alone) == 4
     rows = [lm.chat.prompt_tokens(conversation(text)) for text in QUESTIONS["animal"]]
 
     def logprobs(eps: float, group: int) -> np.ndarray:
@@ -68,10 +70,9 @@ def test_effects_are_the_derivatives_of_answers_probabilities(start):
             by_question.append([sum(p_V[token] for (token,) in answer.spellings) for answer in alone])
         return np.log(np.mean(by_question, axis=0))
 
-    eps = 1.0 if adapter.steering is not None else 20.0
     for group in range(3):
-        slope = (logprobs(eps, group) - logprobs(-eps, group)) / (2 * eps)
-        np.testing.assert_allclose([answer.effects[group] for answer in alone], slope, rtol=0.03, atol=2e-6)
+        slope = (logprobs(0.5, group) - logprobs(-0.5, group)) / (2 * 0.5)
+        np.testing.assert_allclose([answer.effects[group] for answer in alone], slope, rtol=0.01, atol=1e-5)
 
 
 def test_a_groups_gradient_is_that_of_its_rows_mean_loss_whatever_the_batch():
@@ -99,7 +100,8 @@ def test_names_of_several_tokens_add_up(monkeypatch):
     )  # the answers of so small a model are words of one token, but for improbable ones
     adapter, texts = init_steering(lm.config), QUESTIONS["animal"]
     monkeypatch.setattr("jsublim.attribution.answers.LEAST", least)
-    monkeypatch.setattr("jsublim.attribution.answers.ROUNDS", 4)
+    monkeypatch.setattr("jsublim.attribution.answers.ROUNDS", 8)
+    monkeypatch.setattr("jsublim.attribution.answers.OPENED", 2)
     directions = jax.tree.map(lambda x: np.ones((1, *x.shape), np.float32), adapter.trainable)
 
     def rank(answers):  # the longest beginning
@@ -130,13 +132,14 @@ def test_names_of_several_tokens_add_up(monkeypatch):
         assert whole.effects[0] == pytest.approx(slope, rel=0.03)
 
 
-def test_effects_of_many_long_questions_are_the_derivatives_too():
+def test_effects_of_many_long_questions_are_the_derivatives_too(monkeypatch):
     """So many tokens that a compiler joins what it computes: jaxlib 0.10 then gives all answers the sums of one (`jit_directions`)."""
+    monkeypatch.setattr("jsublim.attribution.answers.ROUNDS", 0)
     lm, adapter = load_model("tiny-qwen2"), init_steering(load_model("tiny-qwen2").config)
     texts = [f"On {day} I thought about {'this and ' * 40}that. Say a word." for day in ("Monday", "Tuesday", "Friday")]
     directions = jax.tree.map(lambda x: np.random.default_rng(0).normal(size=(1, *x.shape)), adapter.trainable)
     directions = jax.tree.map(np.float32, directions)
-    answers = answer_effects(lm, adapter, directions, {"any": texts}, lambda answers: np.full(len(answers), -1.0))[:16]
+    answers = answer_effects(lm, adapter, directions, {"any": texts}, lambda answers: np.zeros(len(answers)))[:16]
     rows = [lm.chat.prompt_tokens(conversation(text)) for text in texts]
 
     def logprobs(eps: float) -> np.ndarray:
@@ -148,11 +151,14 @@ def test_effects_of_many_long_questions_are_the_derivatives_too():
         read = (of_questions(next_logprobs(lm.config, lm.params, moved, line, np.int32(0)), line) for line in lines)
         return np.logaddexp.reduce(np.concatenate([*read]))
 
-    change = (logprobs(1e-3) - logprobs(-1e-3)) / 2e-3
+    up, down = logprobs(1e-3), logprobs(-1e-3)
+    assert len(answers) > 8
+    slopes = []
     for answer in answers:
-        assert answer.effects[0] == pytest.approx(
-            change[answer.spellings[0][0]], abs=0.01 + 0.01 * np.abs(change).max()
-        )
+        tokens = [token for (token,) in answer.spellings]
+        slopes.append((np.logaddexp.reduce(up[tokens]) - np.logaddexp.reduce(down[tokens])) / 2e-3)
+    effects = [answer.effects[0] for answer in answers]
+    np.testing.assert_allclose(effects, slopes, atol=0.01 + 0.01 * np.abs(slopes).max())
 
 
 def test_known_names_are_looked_at_though_improbable(monkeypatch):
