@@ -91,9 +91,7 @@ def answer_effects(
         texts = [np.concatenate([text, np.asarray(begun, text.dtype)]) for text in prompts[category]]
         lines = [layout.place_as(WHOLE, line) for line in QuestionLine.of(texts, length)]
         model, count = (lm.config, params, adapter), np.int32(len(begun))
-        logp_V = functools.reduce(
-            np.logaddexp, (row for line in lines for row in of_questions(next_logprobs(*model, line, count), line))
-        )
+        logp_V = np.logaddexp.reduce(question_logprobs(*model, lines, len(begun)))
         answers = _likely_answers(lm, logp_V - np.log(len(texts)), begun)
         answer_V, total_S = np.full(lm.config.vocab_size, -1, np.int32), np.zeros(TOKENS, np.float32)
         for number, tokens in enumerate(answers.values()):
@@ -212,12 +210,7 @@ class QuestionLine(NamedTuple):
     @classmethod
     def of(cls, texts: Sequence[np.ndarray], length: int) -> list[QuestionLine]:
         """As few lines of so many tokens as consecutive questions need, on the host."""
-        lines = list[list[np.ndarray]]()
-        for text in texts:
-            if not lines or len(lines[-1]) == ASKED or _line_tokens([*lines[-1], text]) > length:
-                lines.append([])
-            lines[-1].append(text)
-        return [cls._of_line(line, length) for line in lines]
+        return [cls._of_line(line, length) for line in _in_lines(texts, length)]
 
     @classmethod
     def _of_line(cls, texts: Sequence[np.ndarray], length: int) -> QuestionLine:
@@ -228,26 +221,41 @@ class QuestionLine(NamedTuple):
         last = fill([n + np.cumsum(rest)], ASKED, number) - 1
         return cls(*pad_tokens([tokens], length), branches, last)  # type: ignore[arg-type]
 
-    @classmethod
-    def length(cls, config: ModelConfig, groups: Collection[Sequence[np.ndarray]], more: int) -> int:
+    @staticmethod
+    def length(config: ModelConfig, groups: Collection[Sequence[np.ndarray]], more: int) -> int:
         """Tokens of the lines in which these groups of questions are least work: one length, and so one program, for all. Each question may
         have `more` tokens after it."""
         longest = round_up(max(len(text) for texts in groups for text in texts) + more, PROMPT_STEP)
 
         def work(length: int) -> float:
-            return sum(len(cls.of(texts, length)) for texts in groups) * line_cost(config, length)
+            return sum(len(_in_lines(texts, length)) for texts in groups) * line_cost(config, length)
 
         return min(range(longest, 4 * longest + 1, PROMPT_STEP), key=work)
 
 
-def _line_tokens(texts: Sequence[np.ndarray]) -> int:
-    n = shared_beginning(texts, 1)
-    return n + sum(len(text) - n for text in texts)
+def _in_lines(texts: Sequence[np.ndarray], length: int) -> list[list[np.ndarray]]:
+    """Consecutive texts by their line."""
+    lines = list[list[np.ndarray]]()
+    for text in texts:
+        both = [*lines[-1], text] if lines else [text]
+        n = shared_beginning(both, 1)
+        if not lines or len(both) > ASKED or n + sum(len(each) - n for each in both) > length:
+            lines.append([text])
+        else:
+            lines[-1] = both
+    return lines
 
 
-def of_questions(logp_QV: Array, line: QuestionLine) -> np.ndarray:
-    """Of a line's questions, on the host: float64 `[Q, V]`."""
-    return np.asarray(Layout.host(logp_QV), np.float64)[Layout.host(line.last)[0] >= 0]
+def question_logprobs(
+    config: ModelConfig,
+    params: Params,
+    adapter: Adapter | None,
+    lines: Sequence[QuestionLine],
+    begun: int = 0,
+) -> np.ndarray:
+    """`next_logprobs` of all questions of some lines, on the host: float64 `[Q, V]`."""
+    read = ((next_logprobs(config, params, adapter, line, np.int32(begun)), line.last) for line in lines)
+    return np.concatenate([logp_QV[last[0] >= 0] for logp_QV, last in map(Layout.host, read)], dtype=np.float64)
 
 
 @functools.partial(jax.jit, static_argnames="config")

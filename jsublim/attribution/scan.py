@@ -24,8 +24,7 @@ from jsublim.attribution.answers import (
     answer_effects,
     by_word,
     named_effects,
-    next_logprobs,
-    of_questions,
+    question_logprobs,
     question_tokens,
     word_of,
 )
@@ -197,10 +196,7 @@ def student_words(
     for category, rows in prompts.items():
         lines = [layout.place_as(WHOLE, line) for line in QuestionLine.of(rows, length)]
         before, after = (
-            np.concatenate(
-                [of_questions(next_logprobs(lm.config, params, adapter, line, np.int32(0)), line) for line in lines]
-            )
-            for adapter in (others[0] if others else None, student)
+            question_logprobs(lm.config, params, adapter, lines) for adapter in (others[0] if others else None, student)
         )
         tokens: dict[str, list[int]] = {}
         for token in np.flatnonzero(np.exp(np.maximum(before, after)).mean(axis=0) >= LEAST).tolist():
