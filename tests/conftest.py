@@ -6,14 +6,12 @@ shorter than the rows, every bias and norm weight random.
 
 from __future__ import annotations
 
-import atexit
 import copy
 import gc
 import itertools
 import os
-import shutil
-import tempfile
 from importlib.metadata import version
+from pathlib import Path
 
 # Before any import of jax, transformers or huggingface_hub: offline, quiet, and float32 products as float32.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -32,23 +30,35 @@ os.environ.setdefault(
     ),
 )
 
-# Workers, and the processes that they start, inherit it: what one of them has compiled is compiled for all.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    programs = tempfile.mkdtemp(prefix="jsublim-programs-")
-    atexit.register(shutil.rmtree, programs, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
+
+from jsublim.runtime.programs import SETTINGS, keep_programs, programs_folder
+
+MOST_PROGRAMS = 20_000  # of some 30 kB each: what a run of all tests compiles is a quarter of them
+
+
+def _keep_programs() -> None:
+    """What an earlier run, another worker, or a process that a test started has compiled is not compiled again."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jsublim" / "programs-of-tests"
+    folder = programs_folder(cache)
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime)[: -2 * MOST_PROGRAMS]:
+        old.unlink()  # a program, or its digest
+    keep_programs(folder, print)
+    # For workers, and what tests start.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ |= {f"JAX_PERSISTENT_CACHE_{name.upper()}": str(value) for name, value in SETTINGS.items()}
+
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _keep_programs()
 
 
 def pytest_collection_finish() -> None:
