@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from imported import PATH, Fork, may_fork
+
 from jsublim.cli import main
 from jsublim.text.rows import read_rows
 
@@ -73,12 +75,14 @@ def start(
     inside: Sequence[str] = (),
 ) -> subprocess.Popen:
     """Run one command as a child of its own, from a shell's point of view; `inside` is a command that runs it."""
-    return subprocess.Popen(
+    env = os.environ | PATH
+    process = Fork if not inside and may_fork(env) else subprocess.Popen
+    return process(
         [*inside, sys.executable, *program, *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=env,
         # A shell starts what it puts in the background with SIGINT ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )

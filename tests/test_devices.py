@@ -6,11 +6,12 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+from command import start
 
 HERE = Path(__file__).parent
 PROGRAMS = {
@@ -25,15 +26,8 @@ PROGRAMS = {
 def started(devices: int, **more: str) -> subprocess.Popen:
     """device_cases.py, a process of its own: the number of devices is fixed when jax starts."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    paths = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths} | more
-    return subprocess.Popen(
-        [sys.executable, str(HERE / "device_cases.py")],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with mock.patch.dict(os.environ, {"XLA_FLAGS": flags} | more):
+        return start(program=[str(HERE / "device_cases.py")])
 
 
 def told(process: subprocess.Popen) -> dict:

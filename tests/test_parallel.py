@@ -6,12 +6,12 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+from command import start
 from engine import CONFIG, arm_of, examples_of, largest_difference, lora, params_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,16 +28,12 @@ from jsublim.models.parallel import Layout, model_axis_for
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What parallel_cases.py prints: a process of its own, for the number of devices is fixed when jax starts."""
-    here = Path(__file__).parent
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    paths = os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(here / "parallel_cases.py"), str(tmp_path_factory.mktemp("layouts"))],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
+    with mock.patch.dict(os.environ, {"XLA_FLAGS": flags}):
+        child = start(tmp_path_factory.mktemp("layouts"), program=[str(Path(__file__).with_name("parallel_cases.py"))])
+    out, err = child.communicate(timeout=400)
+    assert child.returncode == 0, err[-3000:]
+    told = json.loads(out.splitlines()[-1])
     assert told["devices"] == 8
     return told
 

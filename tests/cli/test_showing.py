@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import functools
 import io
 import json
 import os
@@ -13,7 +15,7 @@ import sys
 
 import numpy as np
 import pytest
-from command import AS_INSTALLED, ROOT, ok
+from command import ROOT, ok
 from made_results import dump, write_table
 from made_runs import EFFECTS, make_run
 
@@ -114,36 +116,47 @@ COMMANDS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_no_escape_sequence_of_a_run_reaches_the_terminal(evil, command):
-    words = [
-        word.replace("RUN", str(evil)).replace("HOME/x", f"{evil}y").replace("HOME", str(evil.parent))
-        for word in command
-    ]
-    shown = on_a_terminal(words)
-    styled = re.sub("\x1b\\[[0-9;]*m|\x1b\\[\\?25[hl]", "", shown)  # colours of our own, and the cursor of a bar
-    assert len(shown) > 20 and "Traceback" not in shown
-    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(styled)
+ALL = """
+import json, sys
+from jsublim.cli import main
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["jsublim", *words]
+    try:
+        main()
+    except SystemExit:
+        pass
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    print("NEXT", flush=True)
+"""
 
 
-def on_a_terminal(words):
-    """What a command prints on one."""
+@pytest.fixture(scope="module")
+def shown(evil):
+    """What each of the commands prints on a terminal."""
+    places = {"RUN": str(evil), "HOME/x": f"{evil}y", "HOME": str(evil.parent)}
+    fill = lambda word: functools.reduce(lambda text, place: text.replace(*place), places.items(), word)  # noqa: E731
     ours, theirs = pty.openpty()
-    program = [sys.executable, AS_INSTALLED, *words]
+    program = [sys.executable, "-c", ALL, json.dumps([[fill(word) for word in words] for words in COMMANDS])]
     child = subprocess.Popen(program, stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"})  # fmt: skip
     os.close(theirs)
     said = b""
-    while True:
-        try:
-            piece = os.read(ours, 65536)
-        except OSError:  # closed at its other end
-            break
-        if not piece:
-            break
-        said += piece
-    child.wait(timeout=60)
+    with contextlib.suppress(OSError):  # it is closed at its other end
+        while piece := os.read(ours, 65536):
+            said += piece
+    assert child.wait(timeout=60) == 0
     os.close(ours)
-    return said.decode("utf-8", "replace")
+    *parts, rest = said.decode("utf-8", "replace").split("NEXT\r\n")
+    assert not rest
+    return dict(zip(COMMANDS, parts, strict=True))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_no_escape_sequence_of_a_run_reaches_the_terminal(shown, command):
+    said = shown[command]
+    styled = re.sub("\x1b\\[[0-9;]*m|\x1b\\[\\?25[hl]", "", said)  # colours of our own, and the cursor of a bar
+    assert len(said) > 20 and "Traceback" not in said
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(styled)
 
 
 def test_what_other_programs_read_is_as_it_is(evil):
