@@ -1,7 +1,6 @@
 """Programs as forks of one process that has imported what they import: that is a third of a command's time.
 
-`command.start` asks for them. A program that is to have another environment than this process, but for what is read when it starts to
-compute (`FREE`), is started as anybody starts one.
+`command.start` asks for them. A program that is to have another environment, in what is read at import, is started as anybody starts one.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import atexit
 import functools
 import json
 import os
+import re
 import runpy
 import select
 import signal
@@ -23,10 +23,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 PATH = {"PYTHONPATH": os.path.dirname(os.path.dirname(os.path.abspath(__file__)))}
-FREE = (
-    "JAX_COORDINATOR_", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_LOCAL_DEVICE_IDS", "XLA_FLAGS", "SLURM_", "OMPI_", "CUDA_VISIBLE_DEVICES",
-    "PYTEST_CURRENT_TEST", "MADE",
-)  # fmt: skip
+# What is read at import, or may be: JAX reads where its processes are when it joins them.
+BOUND = re.compile(
+    "JAX_(?!COORDINATOR_|NUM_PROCESSES|PROCESS_ID|LOCAL_DEVICE_IDS)|HF_|HOME$|XDG_|PYTHON|TMPDIR|LD_|TERM$|NO_COLOR|COLUMNS"
+)
 
 
 class Fork(subprocess.Popen):
@@ -64,7 +64,7 @@ def may_fork(env: dict[str, str]) -> bool:
 
 
 def _bound(env: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in env.items() if not name.startswith(FREE)}
+    return {name: value for name, value in env.items() if BOUND.match(name)}
 
 
 @functools.cache
