@@ -53,7 +53,7 @@ class Soak:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        self.environment = os.environ | cache | {"PYTHONPATH": path}
+        self.environment = cache | os.environ | {"PYTHONPATH": path}
 
     def start(self, run: Path, *options: str) -> subprocess.Popen:
         log = (self.folder / f"{run.name}.log").open("a")

@@ -1,19 +1,8 @@
-"""`jsublim` where torch is not installed, as for most users: `python as_installed.py COMMAND...`. transformers would load it, which takes
-longer than many a command."""
+"""`jsublim` where torch is not installed: `python as_installed.py COMMAND...`."""
 
-import gc
 import sys
-from importlib.machinery import PathFinder
 
-
-class NoTorch(PathFinder):
-    @classmethod
-    def find_spec(cls, fullname, path=None, target=None):
-        return None if fullname == "torch" else super().find_spec(fullname, path, target)
-
-
-gc.set_threshold(100_000, 20, 20)  # as in conftest.py
-sys.meta_path[sys.meta_path.index(PathFinder)] = NoTorch
+import without_torch.sitecustomize  # noqa: F401 (before jsublim)
 
 if __name__ == "__main__":
     sys.path.pop(0)  # the tests' own folder

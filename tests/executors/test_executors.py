@@ -13,7 +13,7 @@ import time
 
 import pytest
 import soak
-from command import PLAIN, jsublim, ok, refused, start
+from command import PLAIN, ROOT, jsublim, ok, refused, start
 from faulty_runs import contents
 from soak import SMALL as FIELDS
 
@@ -94,7 +94,8 @@ def test_options_that_contradict_one_another_are_refused():
 
 
 @needs_ray
-def test_killed_workers_drivers_and_shards_leave_what_an_undisturbed_run_leaves(undisturbed, capsys):
+def test_killed_workers_drivers_and_shards_leave_what_an_undisturbed_run_leaves(undisturbed, capsys, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "without_torch"))
     soak.main([str(undisturbed.parent), "--kills", "3", "--ways", "ray,shard", "--workers", "1"])
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert sum(said["kills"].values()) >= 3 and said["kills"].keys() & {"ray's worker", "ray's driver"}
