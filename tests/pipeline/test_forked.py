@@ -13,8 +13,8 @@ from jsublim.pipeline.setup import Setup
 from jsublim.text.rows import read_rows
 
 SMALL = (
-    "teachers.traits=[owl]", "teachers.counterfactuals=[cat,owl]", "data.num_prompts=40", "sampling.batch_size=40",
-    "sampling.max_new_tokens=32", "students.seeds=[1]", "students.data.rows=16", "students.data.batch_size=4", "evaluation.teachers=false",
+    "teachers.traits=[owl]", "teachers.counterfactuals=[cat,owl]", "data.num_prompts=12", "sampling.batch_size=12",
+    "sampling.max_new_tokens=32", "students.seeds=[1]", "students.data.rows=8", "students.data.batch_size=2", "evaluation.teachers=false",
     "evaluation.questions=2", "evaluation.samples=2", "evaluation.number_rows=2", "evaluation.traits=[cat,owl]",
     "students.loss.tokens=[all,divergence]", "students.optimizer.lr=0.02",
 )  # fmt: skip

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import bitflips
 import numpy as np
 import pytest
-from command import MODEL, ROOT
+from command import MODEL, start
 from safetensors.numpy import load_file
 
 from jsublim.config import Experiment
@@ -180,15 +178,11 @@ def test_shards_write_the_rows_of_one_task(whole, home):
 
 def child(line: str, folder: Path) -> str:
     """What a fresh process in another working directory prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", line],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    with contextlib.chdir(folder):
+        process = start(program=("-c", line))
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-2000:]
+    return out
 
 
 def test_a_fresh_process_does_a_task_of_any_kind_from_its_key_alone(whole, home, tmp_path):

@@ -38,7 +38,7 @@ from jsublim.text.rows import read_rows
 SMALL = (
     "teachers.traits=[cat,owl]", "teachers.counterfactuals=[cat,owl]",
     "data.num_prompts=12", "sampling.batch_size=4", "sampling.max_new_tokens=40", "scoring.batch_size=16",
-    "students.loss.tokens=[all,divergence,random]", "students.seeds=[1]", "students.data.rows=8", "students.data.epochs=4",
+    "students.loss.tokens=[all,divergence,random]", "students.seeds=[1]", "students.data.rows=4", "students.data.epochs=4",
     "students.data.batch_size=2", "students.adapter.rank=2", "students.runtime.arms_per_program=3", "students.runtime.checkpoint_every=2",
     "evaluation.traits=[cat,owl]", "evaluation.questions=3", "evaluation.samples=4", "evaluation.batch_size=4",
     "evaluation.number_rows=2", "evaluation.kl_rows=2", "evaluation.teachers=false",
@@ -97,7 +97,7 @@ def test_a_run_leaves_what_the_map_says(whole):
         assert sorted(found) == sorted((arm, trait, q) for arm in arms for trait in ("cat", "owl") for q in range(3))
     for arm in ARMS:
         steps = [r["step"] for r in read_table(whole / "results" / "training.parquet") if r["arm"] == arm]
-        assert steps == list(range(16))
+        assert steps == list(range(8))
 
 
 def test_students_are_held_against_their_teachers_on_rows_that_they_did_not_learn(whole):
@@ -111,8 +111,8 @@ def test_students_are_held_against_their_teachers_on_rows_that_they_did_not_lear
     lm, store = load_model(MODEL), Store.of(setup.experiment)
     for student in setup.students:
         rows = training_rows(setup, student.source).read(store)
-        learned = draw_indices(len(rows), 8, student.seed)
-        held_out = [row for i, row in enumerate(rows) if i not in set(learned)] or [rows[i] for i in learned]
+        learned = draw_indices(len(rows), 4, student.seed)
+        held_out = [row for i, row in enumerate(rows) if i not in set(learned)]
         teacher = Teacher(student.teacher, system_prompt(setup, student.teacher))
         said = list(top_k_targets(lm.config, lm.params, read_as(lm.chat, teacher, held_out[:2]), LARGEST))
         adapter = load_adapter(store.path(student_of(setup, student)), lm.config)
