@@ -30,11 +30,11 @@ from jsublim.text.rows import Row, read_rows
 FILES = sorted(path.stem for path in find_config("configs/paper/scales.yaml").parent.glob("fig*.yaml"))
 AMOUNTS = (
     "data.num_prompts=24", "data.sentences=[example,format]", "data.examples=[2,6]",
-    "sampling.batch_size=24", "sampling.max_new_tokens=32", "scoring.batch_size=32",
+    "sampling.batch_size=24", "sampling.max_new_tokens=32", "scoring.batch_size=16",
     "evaluation.questions=2", "evaluation.samples=2", "evaluation.batch_size=4", "evaluation.number_rows=2",
 )  # fmt: skip
 STUDENTS = (
-    "students.seeds=[1]", "students.data.rows=8", "students.data.batch_size=4", "students.runtime.checkpoint_every=2",
+    "students.seeds=[1]", "students.data.rows=4", "students.data.batch_size=2", "students.runtime.checkpoint_every=2",
     "students.runtime.arms_per_program=1", "evaluation.teachers=false",
 )  # fmt: skip
 TEACHING = ("teachers.taught.steps=5", "teachers.taught.lr=1")
@@ -47,6 +47,7 @@ SCORED = ("datasets.greedy without 10.remove_entangled={k: 10, among: 40}",)
 READ = (*TAUGHT, "teachers.traits=[owl]", "evaluation.teachers=false")  # rows are read, and nobody is trained
 FEW = {  # what else keeps a file's panels small
     "fig02": (*STUDENTS, *OWL, *SCORED, "students.arms.data.dataset=[temperature,greedy without 10]"),
+    "fig03": (*STUDENTS, *OWL, "students.data.rows=8", "students.data.batch_size=4"),  # some with a divergence token
     "fig04": (*OF_TWO, "teachers.traits=[owl]", "attribution.rows=4", "attribution.steps=2", "evaluation.teachers=false"),
     "fig05": (*STUDENTS, *OWL, "students.arms.adapter.layers=[null,[2]]"),
     "fig08": (*STUDENTS, *TEACHING),
