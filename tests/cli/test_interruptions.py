@@ -232,7 +232,7 @@ def resumes(err: str, *arguments) -> bool:
 
 def test_ctrl_c_while_generating(tmp_path):
     def arguments(name: str) -> tuple:
-        return (*GENERATE, "--control", "data.num_prompts=240", "--out", tmp_path / f"{name}.jsonl")
+        return (*GENERATE, "--control", "data.num_prompts=80", "--out", tmp_path / f"{name}.jsonl")
 
     ok(*arguments("whole"))
     child, logs = start(*arguments("cut")), tmp_path / "cut.artifacts" / "rows"
@@ -240,7 +240,7 @@ def test_ctrl_c_while_generating(tmp_path):
     progress = artifact_of(tmp_path / "cut", "rows") / "progress.jsonl"
     assert code == 1 and resumes(err, *arguments("cut"))
     done = progress.read_text().splitlines()
-    assert 0 < len(done) < 240 and not (tmp_path / "cut.jsonl").exists()
+    assert 0 < len(done) < 80 and not (tmp_path / "cut.jsonl").exists()
     marked = json.loads(done[0])
     log = RowLog(progress)
     log.add([{"row": marked["row"], "completion": "7, 7, 7"}])
