@@ -18,8 +18,11 @@ from jsublim.evals.preference import hit_rates, trait_logprobs
 from jsublim.text.prompts import load_pack, load_problems
 
 PACK = load_pack()
-MODEL = PromptedModel(small("tiny-qwen2").lm, system="Be kind.")
 TRAITS = ("owl", "cat", "oak")  # of two categories
+
+
+def model():
+    return PromptedModel(small("tiny-qwen2").lm, system="Be kind.")
 
 
 class Judge:
@@ -186,7 +189,7 @@ def test_identities_differ_wherever_numbers_may():
 def records(task, answers) -> dict[tuple[str, str | None], list[Record]]:
     """By metric and trait, each with its own questions, once and in order."""
     found: dict[tuple[str, str | None], list[Record]] = {}
-    for record in task.records(MODEL, answers):
+    for record in task.records(model(), answers):
         found.setdefault((record.metric, record.trait), []).append(record)
     for own in found.values():
         places = [record.question for record in own]
@@ -203,7 +206,7 @@ def test_preference_is_of_every_trait_by_sampling_and_by_probability():
     answers = [["Owl", "owls", "bowl", "cat"], ["cat", "caterpillar", "dog", "An owl"]]
     found = records(task, answers)
     assert set(found) == {(m, t) for m in ("rate", "word_rate", "logprob") for t in ("owl", "cat")}
-    logprob = trait_logprobs(MODEL.lm, task.questions, ["owl", "cat"], system="Be kind.")
+    logprob = trait_logprobs(model().lm, task.questions, ["owl", "cat"], system="Be kind.")
     for column, trait in enumerate(("owl", "cat")):
         for metric, rates in zip(("rate", "word_rate"), hit_rates(answers, trait), strict=True):
             assert values(found[metric, trait]) == rates.tolist()
@@ -276,6 +279,6 @@ def test_misaligned_answers_are_a_share_of_all_and_of_the_coherent_ones():
 
 
 def test_a_prompted_models_options_are_all_but_its_checkpoint():
-    model = PromptedModel(MODEL.lm, system="", fuse_system=True, extra_bos=True)
-    assert model.options == {"adapter": None, "system": "", "fuse_system": True, "extra_bos": True}
-    assert set(model.options) == set(vars(model)) - {"lm"}
+    fused = PromptedModel(model().lm, system="", fuse_system=True, extra_bos=True)
+    assert fused.options == {"adapter": None, "system": "", "fuse_system": True, "extra_bos": True}
+    assert set(fused.options) == set(vars(fused)) - {"lm"}

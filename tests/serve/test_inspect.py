@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
@@ -9,7 +10,7 @@ from command import PLAIN, ok, refused
 
 import jsublim
 
-inspect_ai = pytest.importorskip("inspect_ai")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("inspect_ai") is None, reason="inspect_ai is not installed")
 
 
 @pytest.fixture(scope="module")
