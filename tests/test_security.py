@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -133,18 +134,23 @@ CALLS = re.compile(
 MODULES = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch", "subprocess", "runpy"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "jsublim").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_package_has_no_way_to_run_what_it_reads(path):
+def test_the_package_has_no_way_to_run_what_it_reads():
+    files = sorted((ROOT / "jsublim").rglob("*.py"))
+    assert [f"{path}:{node.lineno}: {ast.unparse(node)}" for path in files for node in ways_to_run(path)] == []
+
+
+def ways_to_run(path: Path) -> Iterator[ast.stmt | ast.expr]:
+    """Imports and calls of a file that could run what another file holds."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            assert not MODULES & {alias.name.split(".")[0] for alias in node.names}
-        if isinstance(node, ast.ImportFrom) and node.module:
-            assert node.module.split(".")[0] not in MODULES
+        if isinstance(node, ast.Import) and MODULES & {alias.name.split(".")[0] for alias in node.names}:
+            yield node
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in MODULES:
+            yield node
         if isinstance(node, ast.Call):
-            assert not CALLS.fullmatch(ast.unparse(node.func)), ast.unparse(node)
-            allowed = {keyword.arg for keyword in node.keywords}
-            assert not allowed & {"allow_pickle", "shell"}, ast.unparse(node)
-            assert not any(k.arg == "trust_remote_code" and ast.unparse(k.value) != "False" for k in node.keywords)
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            trusts = given.get("trust_remote_code", "False") != "False"
+            if CALLS.fullmatch(ast.unparse(node.func)) or given.keys() & {"allow_pickle", "shell"} or trusts:
+                yield node
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
