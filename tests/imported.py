@@ -38,7 +38,8 @@ class Fork(subprocess.Popen):
         pipes = rest[3:9]  # two ends each, the reader's first: of standard input, output, error
         self.connection = socket.socket(socket.AF_UNIX)
         self.connection.connect(_server())
-        asked = json.dumps([list(map(os.fspath, args[1:])), dict(env), os.getcwd()]).encode()
+        os.umask(mask := os.umask(0))
+        asked = json.dumps([list(map(os.fspath, args[1:])), dict(env), os.getcwd(), mask]).encode()
         socket.send_fds(self.connection, [len(asked).to_bytes(4)], [pipes[3], pipes[5]])
         self.connection.sendall(asked)
         self.pid = int.from_bytes(_exactly(self.connection, 4))
@@ -105,11 +106,12 @@ def _serve(address: str) -> None:
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             size, ends, *_ = socket.recv_fds(connection, 4, 2)
-            args, env, folder = json.loads(_exactly(connection, int.from_bytes(size)))
+            args, env, folder, mask = json.loads(_exactly(connection, int.from_bytes(size)))
             program = os.fork()
             if program == 0:
                 listener.close()
                 connection.close()
+                os.umask(mask)
                 _become(args, env, folder, ends)
             for end in ends:
                 os.close(end)
