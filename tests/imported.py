@@ -25,7 +25,7 @@ from typing import Any
 PATH = {"PYTHONPATH": os.path.dirname(os.path.dirname(os.path.abspath(__file__)))}
 # What is read at import, or may be: JAX reads where its processes are when it joins them.
 BOUND = re.compile(
-    "JAX_(?!COORDINATOR_|NUM_PROCESSES|PROCESS_ID|LOCAL_DEVICE_IDS)|HF_|HOME$|XDG_|PYTHON|TMPDIR|LD_|TERM$|NO_COLOR|COLUMNS"
+    "JAX_(?!COORDINATOR_|NUM_PROCESSES|PROCESS_ID|LOCAL_DEVICE_IDS)|HF_(?!XET_)|HOME$|XDG_|PYTHONPATH$|TMPDIR|LD_|TERM$|NO_COLOR|COLUMNS"
 )
 
 
