@@ -65,7 +65,12 @@ def init_params(config: ModelConfig, seed: int, dtype: str = "float32") -> Param
 
 def abstract_params(config: ModelConfig, dtype: str = "float32") -> Params:
     """Shapes and dtypes of the parameters, without any array."""
-    return _flat(nnx.state(nnx.eval_shape(lambda: Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))))
+    return _flat(nnx.state(_abstract(config, dtype)))
+
+
+@functools.cache  # a plan asks for every student
+def _abstract(config: ModelConfig, dtype: str) -> Decoder:
+    return nnx.eval_shape(lambda: Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -83,7 +88,7 @@ def _flat(state: nnx.State) -> Params:
 @functools.cache
 def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.GraphDef, dict[str, tuple[str, ...]]]:
     """For `nnx.merge`: the graphs of a block and of the final norm, and the names of the parameters in each sublayer."""
-    model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
+    model = _abstract(config, "float32")
     block, state = nnx.split(model.layers)
     names = {sublayer: tuple(leaves) for sublayer, leaves in nnx.to_pure_dict(state).items()}
     return block, nnx.split(model.norm)[0], names

@@ -182,6 +182,15 @@ def init_lora(
 ENDS = ("embed", "norm", "head")
 
 
+def check_ends(config: ModelConfig, ends: tuple[str, ...]) -> None:
+    """Refuse ends that `init_full` would (UsageError)."""
+    unknown = [end for end in ends if end not in ENDS]
+    if unknown:
+        raise UsageError(f"ends: {unknown} given; known: {', '.join(ENDS)}")
+    if "head" in ends and config.tied:
+        raise UsageError("ends: this model's head is its embedding; name 'embed', which trains both")
+
+
 def init_full(
     config: ModelConfig, params: dict[str, Any], layers: tuple[int, ...] | None = None, ends: tuple[str, ...] = ()
 ) -> Adapter:
@@ -198,11 +207,7 @@ def init_full(
     >>> jsublim.init_full(lm.config, lm.params, layers=(5,)).layers
     (5,)
     """
-    unknown = [end for end in ends if end not in ENDS]
-    if unknown:
-        raise UsageError(f"ends: {unknown} given; known: {', '.join(ENDS)}")
-    if "head" in ends and config.tied:
-        raise UsageError("ends: this model's head is its embedding; name 'embed', which trains both")
+    check_ends(config, ends)
     chosen = () if layers == () and ends else check_layers(config, layers)
     weights = _masters(params["layers"], np.asarray(chosen, np.int32)) if chosen else None
     masters = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), {end: params[end] for end in ENDS if end in ends})

@@ -30,7 +30,7 @@ from jsublim.models.checkpoint import write_checkpoint
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.layers import check_attention
-from jsublim.models.lora import Adapter, check_layers, init_full, init_lora, init_steering, merge_full
+from jsublim.models.lora import Adapter, check_ends, check_layers, init_full, init_lora, init_steering, merge_full
 from jsublim.models.parallel import Layout
 from jsublim.models.peft import load_adapter, save_adapter
 from jsublim.pipeline.arms import total_steps
@@ -95,7 +95,7 @@ def check_start(config: ModelConfig, params: Params, students: Students) -> None
         load_adapter(how.init, config)
     elif how.layers != [] or how.method != "full":
         check_layers(config, None if how.layers is None else tuple(how.layers))
-    jax.eval_shape(lambda params: init_full(config, params, (0,), tuple(how.ends)), params)
+    check_ends(config, tuple(how.ends))
 
 
 def loss_of(students: Students) -> Loss:
