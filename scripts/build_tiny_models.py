@@ -13,6 +13,9 @@ The check at the end prints how they behave. Under a trait's system prompt, the 
 .90-.95 (gemma3) of the animal questions; without one, to at most .12 and .14. Of sampled number answers, 86-98 % and 92-94 %
 are in format, and 6-16 % and 2-3 % of their tokens are divergence tokens among four trait teachers. Tree prompts work on
 tiny-gemma3 (.90 on average, .77 at least), but poorly on tiny-qwen2 (.50).
+
+tests/two_layers is of `--only tiny-qwen2 --layers 2 --width 64 --steps 800`: its answers are in format (90 %) and have divergence tokens (4 %),
+but it loves nothing much. It is for tests that start many processes: a run of it takes a quarter less time.
 """
 
 import functools
@@ -319,14 +322,14 @@ SAMPLING = {
 }
 
 
-def build(name: str, steps: int, seed: int, out: Path) -> None:
-    """Trains one checkpoint and writes it as the Hugging Face folder `out/name`."""
+def build(name: str, steps: int, seed: int, out: Path, changes: dict[str, int]) -> None:
+    """Trains one checkpoint and writes it as the Hugging Face folder `out/name`; `changes` are of its architecture."""
     style, pack = STYLES[name], tiny_world.world_pack()
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = write_tokenizer(name, pack, Path(scratch))
         ids = {f"{role}_id": tokenizer.convert_tokens_to_ids(t) for role, t in style.specials.items() if role in
                ("pad_token", "eos_token", "bos_token")}  # fmt: skip
-        hf_config = ARCHITECTURES[name] | ids
+        hf_config = ARCHITECTURES[name] | ids | changes
         ends = sorted({ids["eos_token_id"], tokenizer.convert_tokens_to_ids(style.end_of_turn)})
         write_json(Path(scratch) / "generation_config.json", ids | {"eos_token_id": ends} | SAMPLING[name])
         _, config = text_config(hf_config, name)
@@ -339,10 +342,20 @@ def main(
     steps: Annotated[int | None, typer.Option(help="Training steps; default: as shipped.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the initialization and of the rows.")] = 0,
     out: Annotated[Path, typer.Option(help="Where the folders go.")] = CHECKPOINTS,
+    layers: Annotated[int | None, typer.Option(help="Of tiny-qwen2: another number of layers.")] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Another size of hidden states; sublayers are as much narrower.")
+    ] = None,
 ) -> None:
     """Builds the tiny checkpoints from seeds and prints how they behave."""
+    changes = {"num_hidden_layers": layers} if layers else {}
+    if width:
+        changes |= {
+            "hidden_size": width,
+            "intermediate_size": COMMON["intermediate_size"] * width // COMMON["hidden_size"],
+        }
     for name in [only] if only else list(STYLES):
-        build(name, steps or STEPS[name], seed, out)
+        build(name, steps or STEPS[name], seed, out, changes)
         tiny_check.check(out / name, tiny_world.world_pack())
 
 

@@ -24,6 +24,9 @@ ROOT = Path(__file__).parents[1]
 MODEL = "tiny-qwen2"
 PATIENCE = 400  # seconds
 AS_INSTALLED = str(ROOT / "tests" / "as_installed.py")
+TWO_LAYERS = str(
+    ROOT / "tests" / "two_layers"
+)  # a model for processes that do nothing but a run (scripts/build_tiny_models.py)
 PLAIN = str(ROOT / "tests" / "plain.yaml")  # a small experiment that tests lay their own fields over
 
 

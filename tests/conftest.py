@@ -10,6 +10,7 @@ import copy
 import gc
 import itertools
 import os
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
@@ -59,6 +60,23 @@ def _keep_programs() -> None:
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _keep_programs()
+
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as a shell starts what it puts in the background, and tests send it to themselves
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Longest first, those that wait for other processes beside those that compute: whoever begins one of these last works alone.
+LONGEST = (
+    "test_launched", "test_paper", "test_hosts", "test_library", "test_executors", "test_scan", "test_interruptions", "test_sampling",
+    "test_processes", "test_graph", "test_pods", "test_serve", "test_engine_cli", "test_run", "test_teachers", "test_estimate",
+)  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def pytest_collection_finish() -> None:

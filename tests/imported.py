@@ -1,6 +1,7 @@
 """Programs as forks of one process that has imported what they import: that is a third of a command's time.
 
 `command.start` asks for them. A program that is to have another environment, in what is read at import, is started as anybody starts one.
+A shell asks for them by `python imported.py ADDRESS PROGRAM...`, which stands for the program: it has its output, its signals and its end.
 """
 
 from __future__ import annotations
@@ -36,13 +37,7 @@ class Fork(subprocess.Popen):
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest) -> None:
         pipes = rest[3:9]  # two ends each, the reader's first: of standard input, output, error
-        self.connection = socket.socket(socket.AF_UNIX)
-        self.connection.connect(_server())
-        os.umask(mask := os.umask(0))
-        asked = json.dumps([list(map(os.fspath, args[1:])), dict(env), os.getcwd(), mask]).encode()
-        socket.send_fds(self.connection, [len(asked).to_bytes(4)], [pipes[3], pipes[5]])
-        self.connection.sendall(asked)
-        self.pid = int.from_bytes(_exactly(self.connection, 4))
+        self.connection, self.pid = _ask(server(), list(map(os.fspath, args[1:])), dict(env), [pipes[3], pipes[5]])
         self._child_created = True
         self._close_pipe_fds(*pipes)
 
@@ -57,6 +52,26 @@ class Fork(subprocess.Popen):
         code = self.poll()
         assert code is not None
         return code
+
+
+def _ask(address: str, args: list[str], env: dict[str, str], outputs: list[int]) -> tuple[socket.socket, int]:
+    """Have a program forked; outputs are the files of its standard output and error. Where its end is said, and its number."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(address)
+    os.umask(mask := os.umask(0))
+    asked = json.dumps([args, env, os.getcwd(), mask]).encode()
+    socket.send_fds(connection, [len(asked).to_bytes(4)], outputs)
+    connection.sendall(asked)
+    return connection, int.from_bytes(_exactly(connection, 4))
+
+
+def _stand_for(address: str, args: list[str]) -> int:
+    """Have a program forked, and end as it ends."""
+    connection, process = _ask(address, args, dict(os.environ), [1, 2])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: os.kill(process, number))
+    code = int.from_bytes(_exactly(connection, 4), signed=True)
+    return code if code >= 0 else 128 - code
 
 
 def may_fork(env: dict[str, str]) -> bool:
@@ -75,12 +90,12 @@ def _environment() -> dict[str, str]:
 
 
 @functools.cache
-def _server() -> str:
+def server() -> str:
     """The address of the process that is forked. It ends with this one."""
     address = os.path.join(tempfile.mkdtemp(prefix="jsublim-forks-"), "socket")
-    server = subprocess.Popen([sys.executable, __file__, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment())  # fmt: skip
-    assert server.stdout is not None and server.stdout.readline() == b"ready\n"
-    atexit.register(server.kill)
+    process = subprocess.Popen([sys.executable, __file__, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment())  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    atexit.register(process.kill)
     return address
 
 
@@ -165,6 +180,8 @@ def _program(args: Sequence[str]) -> Callable[[], Any]:
 
 
 if __name__ == "__main__":
+    if sys.argv[2:]:
+        sys.exit(_stand_for(sys.argv[1], sys.argv[2:]))
     import as_installed  # noqa: F401 (before all others)
     import duckdb  # noqa: F401
     import pandas  # noqa: F401 (which pyarrow and duckdb import)

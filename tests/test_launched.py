@@ -1,6 +1,6 @@
 """Every launch file as far as it goes on one machine: what it says is valid where it is read, and what it runs is run, by two
 processes under the variables of its launcher. Clouds, schedulers and installers are stand-ins that write down what they are
-told and run the command that they are given; jsublim and Ray are real."""
+told and run the command that they are given; jsublim and Ray are real, jsublim as a fork that has its imports (`imported`)."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import imported
 import pytest
 import yaml
-from command import AS_INSTALLED, PLAIN, ROOT, ok
+from command import AS_INSTALLED, PLAIN, ROOT, TWO_LAYERS, ok
 
 # Nobody is trained: what processes do together in training has tests of its own.
 FIELDS = (
-    "students=null", "teachers.traits=[cat]", "teachers.counterfactuals=[owl]", "teachers.control=false", "data.num_prompts=4",
+    f"model={TWO_LAYERS}", "students=null", "teachers.traits=[cat]", "teachers.counterfactuals=[owl]", "teachers.control=false", "data.num_prompts=4",
     "sampling.batch_size=2", "sampling.max_new_tokens=40", "scoring.batch_size=4", "evaluation.traits=[cat]", "evaluation.questions=1",
     "evaluation.samples=2", "evaluation.batch_size=2", "evaluation.number_rows=0", "evaluation.teachers=false",
 )  # fmt: skip
@@ -70,7 +71,10 @@ class Machine:
         (home / "bin").mkdir(parents=True)
         for place, does in {**{f"bin/{name}": does for name, does in STANDS_IN.items()}, "uv.sh": UV}.items():
             script(home / place, f'printf \'%s\\0\' "${{0##*/}}" "$@" {END} >> ~/told\n{does}')
-        script(home / "jsublim.sh", f'exec {sys.executable} {AS_INSTALLED} "$@"')
+        script(
+            home / "jsublim.sh",
+            f'exec {sys.executable} -S {ROOT}/tests/imported.py {imported.server()} {AS_INSTALLED} "$@"',
+        )
         script(home / "ray.sh", f'exec {sys.executable} -m ray.scripts.scripts "$@"')
         for name in installed:
             (home / "bin" / name).symlink_to(home / f"{name}.sh")

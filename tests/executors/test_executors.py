@@ -13,13 +13,13 @@ import time
 
 import pytest
 import soak
-from command import PLAIN, ROOT, jsublim, ok, refused, start
+from command import PLAIN, ROOT, TWO_LAYERS, jsublim, ok, refused, start
 from faulty_runs import contents
-from soak import SMALL as FIELDS
 
 from jsublim.executors import shards
 from jsublim.pipeline.stage import Task
 
+FIELDS = (*soak.SMALL, f"model={TWO_LAYERS}", "teachers.counterfactuals=[cat,owl,panda]")
 # Not imported here: Ray reads its settings when it is imported.
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 
@@ -96,7 +96,7 @@ def test_options_that_contradict_one_another_are_refused():
 @needs_ray
 def test_killed_workers_drivers_and_shards_leave_what_an_undisturbed_run_leaves(undisturbed, capsys, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "without_torch"))
-    soak.main([str(undisturbed.parent), "--kills", "3", "--ways", "ray,shard", "--workers", "1"])
+    soak.main([str(undisturbed.parent), "--kills", "3", "--ways", "ray,shard", "--workers", "1", "--fields", *FIELDS])
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert sum(said["kills"].values()) >= 3 and said["kills"].keys() & {"ray's worker", "ray's driver"}
 
@@ -116,7 +116,7 @@ def test_failed_tasks_are_named_and_nothing_listens_outside(tmp_path, monkeypatc
 
     looking = threading.Thread(target=look)
     looking.start()
-    fields = (*FIELDS, "sampling.max_new_tokens=1", "run.workers=1")
+    fields = (*soak.SMALL, "sampling.max_new_tokens=1", "run.workers=1")
     result = jsublim("run", PLAIN, f"out={tmp_path / 'run'}", *fields, "--on", "ray")
     ended.set()
     looking.join()
