@@ -32,7 +32,6 @@ os.environ.setdefault(
 )
 # For workers and what tests start: glibc keeps what was freed, which takes a tenth of a run's time off.
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -187,7 +187,7 @@ class Setup:
         """Whose wording a run with recipe `paper` has, as a sentence; empty for other recipes."""
         return whose(self.pack.origin, self.pack.wording) if self.recipe.preset == "paper" else ""
 
-    @property
+    @functools.cached_property
     def common(self) -> dict[str, Any]:
         """What decides everything that the experiment's model makes."""
         e = self.experiment
