@@ -8,6 +8,7 @@ the field says what it is.
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Self, get_args
@@ -169,14 +170,23 @@ def _decides(field: Any) -> Decides | None:
 
 def identity(section: BaseModel) -> dict[str, Any]:
     """The fields that decide a result, as JSON, section in section: what goes into an artifact's key."""
-    values: dict[str, Any] = {}
-    for name, field in type(section).model_fields.items():
-        value, decides = getattr(section, name), _decides(field)
-        if decides is not None and RESULT in decides:
-            values[name] = section.model_dump(mode="json", include={name})[name]
-        elif decides is None and section_in(field.annotation) is not None:  # None is a section that is not given
-            values[name] = identity(value) if isinstance(value, BaseModel) else value
-    return {name: value for name, value in values.items() if value != {}}
+    own, names = _deciding(type(section))
+    values = section.model_dump(mode="json", include=own)
+    for name in names - own:  # None is a section that is not given
+        value = getattr(section, name)
+        values[name] = identity(value) if isinstance(value, BaseModel) else value
+    return {name: values[name] for name in type(section).model_fields if name in names and values[name] != {}}
+
+
+@functools.cache  # a plan asks for every artifact
+def _deciding(section: type[BaseModel]) -> tuple[set[str], set[str]]:
+    """The fields that decide a result; these and those that are sections."""
+    marks = {name: _decides(field) for name, field in section.model_fields.items()}
+    own = {name for name, decides in marks.items() if decides is not None and RESULT in decides}
+    inner = {
+        name for name, field in section.model_fields.items() if marks[name] is None and section_in(field.annotation)
+    }
+    return own, own | inner
 
 
 def facts(section: BaseModel, decide: Decides = Decides.RESULT | Decides.CONTENT) -> dict[str, Any]:

@@ -113,13 +113,16 @@ def stage(kind: str, **about: Any) -> Callable[[Callable[..., Any]], Stage]:
     return lambda function: Stage(kind, function, **about)
 
 
+AS_IT_IS = (str, int, float, type(None))  # in JSON; a bool is an int
+
+
 def content(value: Any) -> Any:
     """A value as it goes into a key: JSON.
 
     Raises:
       TypeError: a value that has no content.
     """
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, AS_IT_IS):
         return value
     if isinstance(value, Mapping):
         return {str(name): content(part) for name, part in value.items()}
