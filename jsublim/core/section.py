@@ -170,23 +170,25 @@ def _decides(field: Any) -> Decides | None:
 
 def identity(section: BaseModel) -> dict[str, Any]:
     """The fields that decide a result, as JSON, section in section: what goes into an artifact's key."""
-    own, names = _deciding(type(section))
+    own, inner = _deciding(type(section))
     values = section.model_dump(mode="json", include=own)
-    for name in names - own:  # None is a section that is not given
+    for name in inner:  # None is a section that is not given
         value = getattr(section, name)
         values[name] = identity(value) if isinstance(value, BaseModel) else value
-    return {name: values[name] for name in type(section).model_fields if name in names and values[name] != {}}
+    return {name: values[name] for name in type(section).model_fields if values.get(name, {}) != {}}
 
 
 @functools.cache  # a plan asks for every artifact
 def _deciding(section: type[BaseModel]) -> tuple[set[str], set[str]]:
-    """The fields that decide a result; these and those that are sections."""
-    marks = {name: _decides(field) for name, field in section.model_fields.items()}
-    own = {name for name, decides in marks.items() if decides is not None and RESULT in decides}
-    inner = {
-        name for name, field in section.model_fields.items() if marks[name] is None and section_in(field.annotation)
-    }
-    return own, own | inner
+    """The fields that decide a result, and those that are sections."""
+    own, inner = set[str](), set[str]()
+    for name, field in section.model_fields.items():
+        decides = _decides(field)
+        if decides is not None and RESULT in decides:
+            own.add(name)
+        elif decides is None and section_in(field.annotation) is not None:
+            inner.add(name)
+    return own, inner
 
 
 def facts(section: BaseModel, decide: Decides = Decides.RESULT | Decides.CONTENT) -> dict[str, Any]:

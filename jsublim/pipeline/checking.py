@@ -10,7 +10,6 @@ from jsublim.config import Experiment, variants
 from jsublim.errors import JsublimError
 from jsublim.inference.lm import is_available_offline
 from jsublim.models.checkpoint import read_config
-from jsublim.models.decoder import abstract_params
 from jsublim.pipeline.arguments import category
 from jsublim.pipeline.arms import plan_students
 from jsublim.pipeline.experiment import plan
@@ -56,9 +55,8 @@ def _readings(experiment: Experiment, shape: Callable[[str], Path]) -> Iterator[
 def _starts(setup: Setup) -> Iterator[Callable[[], Any]]:
     """What can be checked of students where no plan can be made."""
     for students in ({} if setup.experiment.students is None else variants(setup.experiment.students)).values():
-        config = setup.checkpoint(students.model).config
-        params = abstract_params(config, setup.experiment.dtype)
-        yield lambda config=config, params=params, students=students: check_start(config, params, students)
+        config, dtype = setup.checkpoint(students.model).config, setup.experiment.dtype
+        yield lambda config=config, dtype=dtype, students=students: check_start(config, dtype, students)
 
 
 def _refused(checks: Iterable[Callable[[], Any]]) -> list[str]:

@@ -187,7 +187,8 @@ class Setup:
         """Whose wording a run with recipe `paper` has, as a sentence; empty for other recipes."""
         return whose(self.pack.origin, self.pack.wording) if self.recipe.preset == "paper" else ""
 
-    @functools.cached_property
+    @property
+    @memoized
     def common(self) -> dict[str, Any]:
         """What decides everything that the experiment's model makes."""
         e = self.experiment

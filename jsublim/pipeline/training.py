@@ -82,15 +82,15 @@ def start_adapter(config: ModelConfig, params: Params, students: Students, seed:
     )
 
 
-def check_start(config: ModelConfig, params: Params, students: Students) -> None:
-    """Refuse what `start_adapter` would, without making anything large (`params` may be shapes).
+def check_start(config: ModelConfig, dtype: str, students: Students) -> None:
+    """Refuse what `start_adapter` would of a model in this dtype, without making anything.
 
     Raises:
       UsageError, JsublimError: as `start_adapter`.
     """
     how = students.adapter
     if students.runtime.attention != "products":
-        check_attention(config, params["embed"]["weight"].dtype)
+        check_attention(config, jax.numpy.dtype(dtype))
     if how.init is not None:
         load_adapter(how.init, config)
     elif how.layers != [] or how.method != "full":

@@ -143,7 +143,7 @@ def _check(setup: Setup, nodes: Sequence[Node]) -> None:
 
 def _check_settings(setup: Setup, given: Any, masked: bool) -> None:
     checkpoint, teachers, s = given.start.checkpoint, setup.checkpoint(), given.settings
-    check_start(checkpoint.config, abstract_params(checkpoint.config, given.start.model.common["dtype"]), s)
+    check_start(checkpoint.config, given.start.model.common["dtype"], s)
     if s.runtime.rows_at_once != "auto":
         run = setup.experiment.run
         how = settings_of(checkpoint.config, s, setup.recipe, parallel=run.parallel, model_axis=run.least_axis)
