@@ -64,9 +64,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _keep_programs()
 
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as a shell starts what it puts in the background, and tests send it to themselves
+# A shell has what it puts in the background ignore it, and tests send it to themselves.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Longest first, those that wait for other processes beside those that compute: whoever begins one of these last works alone.
