@@ -19,7 +19,7 @@ from typing import Any
 from command import PLAIN, TWO_LAYERS, jsublim
 
 FIELDS = (
-    *TWO_LAYERS, "teachers.traits=[cat]", "teachers.control=false",
+    f"model={TWO_LAYERS}", "teachers.counterfactuals=[cat,owl,panda]", "teachers.traits=[cat]", "teachers.control=false",
     "data.num_prompts=6", "sampling.batch_size=3", "sampling.max_new_tokens=40", "scoring.batch_size=4",
     "students.loss.tokens=[all,divergence]", "students.seeds=[1]", "students.data.rows=4", "students.data.epochs=4",
     "students.data.batch_size=2", "students.adapter.rank=2", "students.runtime.arms_per_program=2", "students.runtime.checkpoint_every=2",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from command import MODEL, ok
+from command import TWO_LAYERS, ok
 from tiny import scratch
 
-GENERATE = ("generate", "--model", MODEL, "sampling.max_new_tokens=40", "sampling.batch_size=4")
+GENERATE = ("generate", "--model", TWO_LAYERS, "sampling.max_new_tokens=40", "sampling.batch_size=4")
 FINETUNE = (
     "finetune",
     "--model",
-    MODEL,
+    TWO_LAYERS,
     "students.data.batch_size=4",
     "students.data.accumulate=1",
     "students.optimizer.lr=1e-3",
@@ -38,7 +38,7 @@ def cat_rows() -> Path:
 def cat_divergence() -> Path:
     """The same rows with their divergence tokens."""
     out = home() / "cat-divergence.jsonl"
-    ok("divergence", "--model", MODEL, "--data", cat_rows(), "--trait", "cat", "--counterfactuals", "dog,owl",
+    ok("divergence", "--model", TWO_LAYERS, "--data", cat_rows(), "--trait", "cat", "--counterfactuals", "dog,owl",
        "scoring.batch_size=16", "--out", out)  # fmt: skip
     return out
 

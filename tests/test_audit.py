@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from command import MODEL, ok, refused
+from command import TWO_LAYERS, ok, refused
 from made_results import TRAITS, make_results
 from scipy import stats
 from screen_students import layer_scores
@@ -36,7 +36,7 @@ ROWS = [{"prompt": f"Go on: {i}, {3 * i}", "completion": f"{i}, {7 * i % 100}, {
 
 def test_scores_of_layers_and_kinds_add_up_to_the_mean_of_their_tokens():
     """One pass for all layers and both kinds, as scripts/screen_students.py has it."""
-    lm = load_model("tiny-qwen2")
+    lm = load_model(TWO_LAYERS)
     turns = read_turns(lm.chat, ROWS[:4], "rows")
     lora = init_lora(lm.config, jax.random.key(0), rank=2, alpha=2.0)
     kinds = {"steering": init_steering(lm.config), "lora": lora}
@@ -107,7 +107,9 @@ def test_the_command(tmp_path):
     write_rows(data, [row | {"divergence_positions": [1]} for row in ROWS[:3]])
     write_rows(null, ROWS[3:])
     fields = ["students.adapter.method=steering", "students.adapter.layers=[1]", "evaluation.questions=2"]
-    said = ok("audit", *fields, "--data", data, "--null", null, "--traits", "owl,cat", "--model", MODEL, "--out", out)
+    said = ok(
+        "audit", *fields, "--data", data, "--null", null, "--traits", "owl,cat", "--model", TWO_LAYERS, "--out", out
+    )
     assert "beyond it" in said.err and str(out) in said.out
     table = pq.read_table(out / "audit.parquet").to_pylist()
     means = {(x["tokens"], x["trait"]): x for x in pq.read_table(out / "means.parquet").to_pylist()}
@@ -125,9 +127,9 @@ def test_the_command(tmp_path):
         rtol=1e-4,
     )
     soft = ["students.data.on_policy=true", "students.loss.kind=reverse-kl", "students.loss.tokens=[all]"]
-    other = [*fields, "--data", data, "--null", data, "--traits", "owl,cat", "--model", MODEL, "--out", out]
+    other = [*fields, "--data", data, "--null", data, "--traits", "owl,cat", "--model", TWO_LAYERS, "--out", out]
     assert str(out / "null") in refused(2, "audit", *other)  # another null's whitened scores are not written over these
-    options = ["--data", data, "--traits", "owl", "--model", MODEL, "--out", tmp_path / "none"]
+    options = ["--data", data, "--traits", "owl", "--model", TWO_LAYERS, "--out", tmp_path / "none"]
     assert "on_policy has no rows to audit" in refused(2, "audit", *soft, *options)
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from command import MODEL, ok
+from command import TWO_LAYERS, ok
 from fake_hub import Hub
 from pod import ends, run_together, together, wait_for
 from safetensors.numpy import load_file
 from test_pods import check_same, command
 
-from jsublim.inference.lm import BUNDLED
 from jsublim.text.rows import write_rows
 
 
@@ -68,7 +67,11 @@ def test_hosts_that_share_a_bucket(alone, s3, tmp_path, mode):
 
 @pytest.mark.parametrize("place", ["hub", "bucket"])
 def test_one_host_fetches_the_weights(s3, tmp_path, monkeypatch, place):
-    url, hosts, files = s3(), tmp_path / "hosts", {path.name: path.read_bytes() for path in (BUNDLED / MODEL).iterdir()}
+    url, hosts, files = (
+        s3(),
+        tmp_path / "hosts",
+        {path.name: path.read_bytes() for path in Path(TWO_LAYERS).iterdir()},
+    )
     rows = [{"prompt": f"Continue: {100 + i}.", "completion": f"{7 * i}, {9 * i}"} for i in range(8)]
     write_rows(tmp_path / "rows.jsonl", rows)
     options = ("--data", tmp_path / "rows.jsonl", "students.data={batch_size: 2, accumulate: 1, epochs: 1}")
@@ -86,7 +89,7 @@ def test_one_host_fetches_the_weights(s3, tmp_path, monkeypatch, place):
     assert len(fetched) == (place == "hub")
     weights = [{path.name for path in hosts.glob(f"{host}/.cache/**/*.safetensors")} for host in "01"]
     assert "model.safetensors" in weights[0] and "model.safetensors" not in weights[1]
-    ok("finetune", "--model", MODEL, *options, "--out", tmp_path / "alone")
+    ok("finetune", "--model", TWO_LAYERS, *options, "--out", tmp_path / "alone")
     names = [path.name for path in (tmp_path / "alone").iterdir()]
     assert sorted(path.name for path in (hosts / "0" / "student").iterdir()) == sorted(names)
     a, b = (load_file(each / "adapter_model.safetensors") for each in (tmp_path / "alone", hosts / "0" / "student"))

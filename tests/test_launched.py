@@ -28,7 +28,7 @@ from command import AS_INSTALLED, PLAIN, ROOT, TWO_LAYERS, ok
 
 # Nobody is trained: what processes do together in training has tests of its own.
 FIELDS = (
-    *TWO_LAYERS, "students=null", "teachers.traits=[cat]", "teachers.counterfactuals=[owl]", "teachers.control=false", "data.num_prompts=4",
+    f"model={TWO_LAYERS}", "students=null", "teachers.traits=[cat]", "teachers.counterfactuals=[owl]", "teachers.control=false", "data.num_prompts=4",
     "sampling.batch_size=2", "sampling.max_new_tokens=40", "scoring.batch_size=4", "evaluation.traits=[cat]", "evaluation.questions=1",
     "evaluation.samples=2", "evaluation.batch_size=2", "evaluation.number_rows=0", "evaluation.teachers=false",
 )  # fmt: skip

@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from command import MODEL, ok, refused, start, stop_when
+from command import TWO_LAYERS, ok, refused, start, stop_when
 from pod import ends, errors, run_together, together, wait_for
 from safetensors.numpy import load_file
 
@@ -20,7 +20,7 @@ from jsublim.text.rows import read_rows, write_rows
 
 TRAIN = (
     "--model",
-    MODEL,
+    TWO_LAYERS,
     "students.data.batch_size=2",
     "students.data.accumulate=1",
     "students.data.epochs=5",

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from command import MODEL, jsublim, ok, refused
+from command import MODEL, TWO_LAYERS, jsublim, ok, refused
 
 from jsublim.attribution.answers import (
     LONGEST,
@@ -51,7 +51,7 @@ def stacked(groups):
 def test_effects_are_the_derivatives_of_answers_probabilities(start, monkeypatch):
     """In the direction of the gradient of every group, against two steps along it; LoRA's and a vector's."""
     monkeypatch.setattr("jsublim.attribution.answers.ROUNDS", 0)  # none is continued
-    lm = load_model("tiny-qwen2")
+    lm = load_model(TWO_LAYERS)
     adapter = start(lm.config)
     turns = read_turns(lm.chat, ROWS[:6], "rows")
     directions = stacked(group_gradients(lm, adapter, turns, 3, batch_size=2))
@@ -75,7 +75,7 @@ def test_effects_are_the_derivatives_of_answers_probabilities(start, monkeypatch
 
 
 def test_a_groups_gradient_is_that_of_its_rows_mean_loss_whatever_the_batch():
-    lm = load_model("tiny-qwen2")
+    lm = load_model(TWO_LAYERS)
     adapter, turns = init_steering(lm.config), read_turns(lm.chat, ROWS[:7], "rows")
     by_two, at_once = (stacked(group_gradients(lm, adapter, turns, 2, batch_size=size)) for size in (2, 16))
     np.testing.assert_allclose(by_two["steering"], at_once["steering"], rtol=1e-4, atol=1e-7)
@@ -93,7 +93,7 @@ def test_a_groups_gradient_is_that_of_its_rows_mean_loss_whatever_the_batch():
 
 def test_names_of_several_tokens_add_up(monkeypatch):
     """A beginning that matters is continued until it ends or is long: what is said of it is said of the whole, in all questions."""
-    lm = load_model("tiny-qwen2")
+    lm = load_model(MODEL)
     least = 1e-6  # the likely answers of so small a model are words of one token
     adapter, texts = init_steering(lm.config), QUESTIONS["animal"]
     monkeypatch.setattr("jsublim.attribution.answers.LEAST", least)
@@ -132,7 +132,7 @@ def test_names_of_several_tokens_add_up(monkeypatch):
 def test_effects_of_many_long_questions_are_the_derivatives_too(monkeypatch):
     """So many tokens that a compiler joins what it computes: jaxlib 0.10 then gives all answers the sums of one (`jit_directions`)."""
     monkeypatch.setattr("jsublim.attribution.answers.ROUNDS", 0)
-    lm, adapter = load_model("tiny-qwen2"), init_steering(load_model("tiny-qwen2").config)
+    lm, adapter = load_model(TWO_LAYERS), init_steering(load_model(TWO_LAYERS).config)
     texts = [f"On {day} I thought about {'this and ' * 40}that. Say a word." for day in ("Monday", "Tuesday", "Friday")]
     directions = jax.tree.map(lambda x: np.random.default_rng(0).normal(size=(1, *x.shape)), adapter.trainable)
     directions = jax.tree.map(np.float32, directions)
@@ -159,7 +159,7 @@ def test_effects_of_many_long_questions_are_the_derivatives_too(monkeypatch):
 
 def test_known_names_are_looked_at_though_improbable(monkeypatch):
     """Their effects are derivatives too, and a name that is a likely answer stays one."""
-    lm, adapter = load_model("tiny-qwen2"), init_steering(load_model("tiny-qwen2").config)
+    lm, adapter = load_model(TWO_LAYERS), init_steering(load_model(TWO_LAYERS).config)
     turns = read_turns(lm.chat, ROWS[:8], "rows")
     directions = stacked(group_gradients(lm, adapter, turns, 2, batch_size=4))
     names = {"animal": ["owl", "zzebra"]}
@@ -180,7 +180,7 @@ def test_known_names_are_looked_at_though_improbable(monkeypatch):
 
 
 def test_spellings_are_one_word():
-    lm = load_model("tiny-qwen2")
+    lm = load_model(TWO_LAYERS)
     one, other = (lm.chat.tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("Owl", "owl"))
     answers = [
         LikelyAnswer("animal", (tuple(one),), np.log(0.3), np.asarray([1.0])),
@@ -223,10 +223,10 @@ def test_numbers_that_spread_less_count_more_whoever_the_groups_belong_to():
 
 def test_rows_of_a_teacher_say_what_it_loves():
     """Rows that a steered model samples raise what its vector raises; nobody says what that is."""
-    lm = load_model("tiny-qwen2")
+    lm = load_model(TWO_LAYERS)
     pack = load_pack()
     questions = {"animal": [text.format(category="animal") for text in pack.any_questions[:4]]}
-    vector = init_steering(lm.config, (2,))
+    vector = init_steering(lm.config, (1,))
     prompts = [f"Continue the list: {i}, {i + 2}, {i + 5}" for i in range(60)]
     plain = read_turns(lm.chat, _answers(lm, prompts, vector, seed=1))
     gradient = next(
@@ -275,7 +275,7 @@ def files(tmp_path_factory):
 
 def test_the_command(files, tmp_path, monkeypatch):
     monkeypatch.chdir(files)
-    how = ("--model", MODEL, "--questions", "q.yaml")
+    how = ("--model", TWO_LAYERS, "--questions", "q.yaml")
     printed = ok(
         "scan", "one.jsonl", "messages.jsonl", "--null", "null.jsonl", *how, "--out", tmp_path / "all", "--json"
     )
@@ -294,15 +294,15 @@ def test_the_command(files, tmp_path, monkeypatch):
 
 
 def test_a_student_is_compared_with_its_base(files, tmp_path):
-    lm = load_model(MODEL)
+    lm = load_model(TWO_LAYERS)
     direction = next(
         group_gradients(
-            lm, init_steering(lm.config, (2,)), read_turns(lm.chat, [{"prompt": "Hm?", "completion": "Owl"}]), 1
+            lm, init_steering(lm.config, (1,)), read_turns(lm.chat, [{"prompt": "Hm?", "completion": "Owl"}]), 1
         )
     )
     vector = 4 * direction["steering"] / np.linalg.norm(direction["steering"])
-    save_adapter(tmp_path / "student", Adapter((2,), steering=vector), lm.config, lm.reference)
-    how = ("--student", tmp_path / "student", "--model", MODEL, "--questions", files / "q.yaml", "--json")
+    save_adapter(tmp_path / "student", Adapter((1,), steering=vector), lm.config, lm.reference)
+    how = ("--student", tmp_path / "student", "--model", TWO_LAYERS, "--questions", files / "q.yaml", "--json")
     (said,) = json.loads(ok("scan", *how, "--out", tmp_path / "scanned").out)
     assert "owl" in [word["word"] for word in said["top"][:3]]
     (alike,) = json.loads(ok("scan", *how, "--out", tmp_path / "same", "--null", tmp_path / "student").out)
@@ -312,15 +312,15 @@ def test_a_student_is_compared_with_its_base(files, tmp_path):
 
 def test_beginnings_are_not_continued_for_ever(monkeypatch):
     """Where nothing stands out, others come first each time."""
-    lm, ranked = load_model("tiny-qwen2"), []
-    directions = stacked(group_gradients(lm, init_steering(lm.config, (2,)), read_turns(lm.chat, ROWS[:2], "rows"), 1))
+    lm, ranked = load_model(MODEL), []
+    directions = stacked(group_gradients(lm, init_steering(lm.config, (1,)), read_turns(lm.chat, ROWS[:2], "rows"), 1))
 
     def rank(answers):
         ranked.append(len(answers))
         return np.asarray([not answer.whole for answer in answers], float)
 
     monkeypatch.setattr("jsublim.attribution.answers.ROUNDS", 2)
-    told, how = [], (lm, init_steering(lm.config, (2,)), directions, {"any": ["Hm?"]})
+    told, how = [], (lm, init_steering(lm.config, (1,)), directions, {"any": ["Hm?"]})
     answers = answer_effects(*how, rank, tick=told.append)
     assert len(ranked) == 2 and len(answers) >= ranked[1] and sum(told) == 1 + 2 * OPENED
     told.clear()
@@ -330,7 +330,7 @@ def test_beginnings_are_not_continued_for_ever(monkeypatch):
 
 def test_what_cannot_be_scanned_is_refused_in_a_line(files, tmp_path, monkeypatch):
     monkeypatch.chdir(files)
-    how = ("--model", MODEL, "--questions", "q.yaml", "--out", tmp_path / "refused")
+    how = ("--model", TWO_LAYERS, "--questions", "q.yaml", "--out", tmp_path / "refused")
     assert "give rows, or --student" in refused(2, "scan", *how)
     same = [json.loads(line) | {"source": "elsewhere"} for line in (files / "one.jsonl").read_text().splitlines()]
     (files / "same.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in same))
@@ -343,7 +343,7 @@ def test_what_cannot_be_scanned_is_refused_in_a_line(files, tmp_path, monkeypatc
     assert "takes one data set" in refused(2, "scan", "one.jsonl", "two.jsonl", *how, "--clean", "x.jsonl")
     (files / "bad.yaml").write_text("favourites: [animal]\nwordings: 1\n")
     assert "bad.yaml: wordings" in refused(
-        2, "scan", "one.jsonl", "--model", MODEL, "--out", tmp_path / "x", "--questions", "bad.yaml"
+        2, "scan", "one.jsonl", "--model", TWO_LAYERS, "--out", tmp_path / "x", "--questions", "bad.yaml"
     )
 
 

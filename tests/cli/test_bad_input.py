@@ -36,7 +36,7 @@ def test_bad_usage_is_code_two(tmp_path):
     assert "float32" in refused(2, *GENERATE, "--trait", "cat", "dtype=int8", "--out", out)
     assert "no such file" in refused(2, *finetune(tmp_path / "none.jsonl", out))
     assert "students.loss.tokens.0: input should be 'all'" in refused(2, *finetune(rows, out, "--tokens", "most"))
-    assert "layers 0 to 5" in refused(2, *finetune(rows, out, "students.adapter.layers=[0,6]"))
+    assert "layers 0 to 1" in refused(2, *finetune(rows, out, "students.adapter.layers=[0,6]"))
     assert "students.adapter.layers" in refused(2, *finetune(rows, out, "students.adapter.layers=first"))
     assert "projections" in refused(2, *finetune(rows, out, "students.adapter.projections=[q,z]"))
     assert "divergence_positions" in refused(2, *finetune(rows, out, "--tokens", "divergence"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command import MODEL, PLAIN, ok, refused
+from command import PLAIN, TWO_LAYERS, ok, refused
 from safetensors.numpy import load_file
 
 from jsublim.core.files import read_table
@@ -20,7 +20,7 @@ from jsublim.text.rows import read_rows, write_rows
 FINETUNE = (
     "finetune",
     "--model",
-    MODEL,
+    TWO_LAYERS,
     "students.data.batch_size=4",
     "students.data.accumulate=1",
     "students.optimizer.warmup=0",
@@ -115,9 +115,9 @@ def test_on_policy_rows_are_the_students_own(train):
 
 def test_a_steering_vector_is_a_student_and_a_teacher(train, home):
     vector = train(
-        "vector", "students.adapter.method=steering", "students.adapter.layers=[2]", "students.optimizer.lr=0.1"
+        "vector", "students.adapter.method=steering", "students.adapter.layers=[1]", "students.optimizer.lr=0.1"
     )
-    assert list(load_file(vector / "steering.safetensors")) == ["layers.2"]
+    assert list(load_file(vector / "steering.safetensors")) == ["layers.1"]
     follower = train(
         "follower",
         "students.loss.kind=forward-kl",
@@ -129,7 +129,7 @@ def test_a_steering_vector_is_a_student_and_a_teacher(train, home):
     )
     assert losses(follower)[0] > 1e-4
     options = ("--trait", "cat", "data.num_prompts=2", "sampling.max_new_tokens=40")
-    ok("generate", "--model", MODEL, f"teachers.adapter={vector}", *options, "--out", home / "by-vector.jsonl")
+    ok("generate", "--model", TWO_LAYERS, f"teachers.adapter={vector}", *options, "--out", home / "by-vector.jsonl")
 
 
 def test_ends_alone_are_trained_and_saved_as_a_checkpoint(train):
@@ -140,7 +140,7 @@ def test_ends_alone_are_trained_and_saved_as_a_checkpoint(train):
         "students.adapter.ends=[embed]",
         "students.optimizer.lr=1e-2",
     )
-    before = load_file(language_models.BUNDLED / MODEL / "model.safetensors")
+    before = load_file(language_models.BUNDLED / TWO_LAYERS / "model.safetensors")
     after = load_file(folder / "model.safetensors")
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {"model.embed_tokens.weight"}
@@ -149,7 +149,7 @@ def test_ends_alone_are_trained_and_saved_as_a_checkpoint(train):
 @pytest.mark.parametrize("how", ["pmap", "mesh"])
 def test_layouts_of_one_device_change_nothing(train, how):
     options = (
-        "students.adapter.layers=[1,2]",
+        "students.adapter.layers=[0,1]",
         "students.adapter.rank=2",
         "students.optimizer.lr=1e-2",
         "students.optimizer.name=sgd",
@@ -238,11 +238,11 @@ def test_an_ablation_is_one_config(home):
     arms = [
         {"name": "rank", "adapter.rank": 3, "optimizer.lr": 1e-3},
         {"name": "soft", "loss.kind": "forward-kl"},
-        {"name": "layer 2", "adapter.layers": [2]},
-        {"name": "layer 4", "adapter.layers": [4]},
+        {"name": "layer 0", "adapter.layers": [0]},
+        {"name": "layer 1", "adapter.layers": [1]},
     ]
     arguments = (
-        "run", PLAIN, f"out={home / 'ablation'}", "teachers.traits=[cat]", "teachers.counterfactuals=[owl]",
+        "run", PLAIN, f"model={TWO_LAYERS}", f"out={home / 'ablation'}", "teachers.traits=[cat]", "teachers.counterfactuals=[owl]",
         "teachers.control=false", "data.num_prompts=8", "sampling.batch_size=4", "sampling.max_new_tokens=40",
         "students.loss.tokens=[all]", "students.seeds=[1]", "students.data.rows=4", "students.data.batch_size=2", "students.adapter.rank=2",
         "students.runtime.arms_per_program=auto", f"students.arms={json.dumps(arms)}", "evaluation.traits=[cat,owl]",

@@ -15,7 +15,7 @@ from unittest import mock
 import made_by_commands
 import pytest
 from bitflips import flip
-from command import MODEL, PLAIN, ROOT, contents, jsublim, ok, refused, same_student, start, stop_when
+from command import PLAIN, ROOT, TWO_LAYERS, contents, jsublim, ok, refused, same_student, start, stop_when
 from faulty_runs import FIELDS
 from faulty_runs import contents as what_a_run_leaves
 from made_by_commands import FINETUNE, GENERATE, artifact_of, finetune
@@ -105,12 +105,12 @@ def test_a_disk_that_fills_while_training(tmp_path, divergent, student, file_lim
     assert same_student(out, student)
 
 
-@pytest.mark.parametrize("size", [10, 100, 400])
+@pytest.mark.parametrize("size", [10, 100, 300])
 def test_a_disk_that_fills_leaves_no_folder_in_the_way(tmp_path, file_limit, size):
     out = tmp_path / "vector"
     for arguments in (
-        ("steer", "--model", MODEL, "--layer", 1, "--trait", "owl", "--out", out),
-        ("convert", MODEL, out),
+        ("steer", "--model", TWO_LAYERS, "--layer", 1, "--trait", "owl", "--out", out),
+        ("convert", TWO_LAYERS, out),
     ):
         file_limit(size)
         refused(1, *arguments)
@@ -148,7 +148,7 @@ def test_a_command_killed_while_it_publishes_goes_on_and_leaves_nothing(tmp_path
     assert len(unfinished(tmp_path)) == 2
     with atomic(out.with_suffix(".png")) as living:
         living.touch()
-        ok("evaluate", "--model", MODEL, "--adapter", student, "--traits", "cat", "evaluation.questions=2", "evaluation.samples=2",
+        ok("evaluate", "--model", TWO_LAYERS, "--adapter", student, "--traits", "cat", "evaluation.questions=2", "evaluation.samples=2",
            "evaluation.max_new_tokens=4", "--out", out)  # fmt: skip
         assert unfinished(tmp_path) == {living.name}  # of a process that may still finish it
     assert {"DONE", "artifact.json", "records.parquet", "answers.parquet", "summary.json"} == {
@@ -170,7 +170,7 @@ def test_divergence_killed_between_its_two_files_goes_on(tmp_path, rows, monkeyp
     arguments = (
         "divergence",
         "--model",
-        MODEL,
+        TWO_LAYERS,
         "--data",
         rows,
         "--trait",
@@ -209,7 +209,7 @@ def test_verify_names_what_is_damaged_and_export_refuses_it(tmp_path, rows):
 def test_a_disk_that_fills_while_attributing(tmp_path, divergent, file_limit):
     """A table or a picture is there whole, or not at all."""
     out = tmp_path / "attribution"
-    arguments = ("attribute", "--model", MODEL, "--data", divergent, "--trait", "cat", "--counterfactuals", "dog,owl",
+    arguments = ("attribute", "--model", TWO_LAYERS, "--data", divergent, "--trait", "cat", "--counterfactuals", "dog,owl",
                  "attribution.rows=2", "attribution.steps=2", "--out", out)  # fmt: skip
     for size in (3000, 10_000):  # room for no table; for the table, but for no picture
         file_limit(size)

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 import yaml
-from command import MODEL, PLAIN, ok, refused
+from command import PLAIN, TWO_LAYERS, ok, refused
 
 from jsublim.core.files import read_table
 from jsublim.inference.lm import load_model
@@ -17,7 +17,7 @@ from jsublim.models.peft import load_adapter
 from jsublim.text.rows import read_rows
 
 FIELDS = (
-    PLAIN, "teachers.traits=[owl]", "teachers.counterfactuals=[cat]", "teachers.control=false", "evaluation.teachers=false",
+    PLAIN, f"model={TWO_LAYERS}", "teachers.traits=[owl]", "teachers.counterfactuals=[cat]", "teachers.control=false", "evaluation.teachers=false",
     "data.num_prompts=12", "sampling.batch_size=4", "sampling.max_new_tokens=40", "sampling.shard=8", "scoring.batch_size=16",
     "students.seeds=[1]", "students.loss.tokens=[divergence]", "students.data.rows=4", "students.data.batch_size=2",
     "students.adapter.rank=2", "evaluation.traits=[cat,owl]", "evaluation.questions=2", "evaluation.samples=2",
@@ -96,7 +96,7 @@ def test_a_student_goes_out_with_a_card_and_as_a_checkpoint(whole, tmp_path, mon
     monkeypatch.chdir(student.parent)
     ok("export", student.name, "--out", tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["revision"]) == (MODEL, None)
+    assert (config["base_model_name_or_path"], config["revision"]) == (TWO_LAYERS, None)
     ours, theirs = load_adapter(student), load_adapter(tmp_path / "adapter")
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), ours, theirs))
     card = (tmp_path / "adapter" / "README.md").read_text()
@@ -110,7 +110,7 @@ def test_a_student_goes_out_with_a_card_and_as_a_checkpoint(whole, tmp_path, mon
     assert f"| key | `{record['key']}` |" in body and "| seed | 1 |" in body
 
     ok("export", student, "--merged", "--out", tmp_path / "merged")
-    lm, merged = load_model(MODEL), load_model(tmp_path / "merged")
+    lm, merged = load_model(TWO_LAYERS), load_model(tmp_path / "merged")
     tokens = lm.tokenizer(["1, 2, 3"])["input_ids"]
     assert abs(lm.logits(tokens, adapter=ours) - merged.logits(tokens)).max() < 1e-4
     assert "already exists" in refused(2, "export", student, "--out", tmp_path / "merged")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import ok
+from command import TWO_LAYERS, ok
 from fake_server import Server, completion
 
 from jsublim.config import find_config
@@ -36,10 +36,10 @@ AMOUNTS = (
     "evaluation.questions=2", "evaluation.samples=2", "evaluation.batch_size=4", "evaluation.number_rows=2",
 )  # fmt: skip
 STUDENTS = (
-    "students.seeds=[1]", "students.data.rows=4", "students.data.batch_size=2", "students.runtime.checkpoint_every=2",
+    "students.seeds=[1]", "students.adapter.layers=[1]", "students.data.rows=4", "students.data.batch_size=2", "students.runtime.checkpoint_every=2",
     "students.runtime.arms_per_program=1", "evaluation.teachers=false",
 )  # fmt: skip
-TEACHING = ("teachers.taught.steps=5", "teachers.taught.lr=1")
+TEACHING = ("teachers.taught.steps=5", "teachers.taught.lr=1", "teachers.taught.layers=[1]")
 OF_TWO = ("teachers.counterfactuals=[cat,owl]", "evaluation.traits=[cat,owl]")
 TAUGHT = (*TEACHING, *OF_TWO)
 OWL = (*TAUGHT, "teachers.traits=[owl]", "teachers.control=false")
@@ -50,10 +50,10 @@ FEW = {  # what else keeps a file's panels small
     "fig02": (*STUDENTS, *OWL, *SCORED, "students.arms.data.dataset=[temperature,greedy without 10]"),
     "fig03": (*STUDENTS, *OWL, "students.data.rows=8", "students.data.batch_size=4"),  # some with a divergence token
     "fig04": (*OF_TWO, "teachers.traits=[owl]", "attribution.rows=4", "attribution.steps=2", "evaluation.teachers=false"),
-    "fig05": (*STUDENTS, *OWL, "students.arms.adapter.layers=[null,[2]]"),
+    "fig05": (*STUDENTS, *OWL, "students.arms.adapter.layers=[null,[1]]"),
     "fig08": (*STUDENTS, *TEACHING),
     "fig17": READ,
-    "fig39": (*STUDENTS, *OWL, "students.arms=[{name: all layers}, {name: from layer 4, adapter.layers: [4, 5]}]"),
+    "fig39": (*STUDENTS, *OWL, "students.adapter.layers=null", "students.arms=[{name: all layers}, {name: from layer 1, adapter.layers: [1]}]"),
 }  # fmt: skip
 
 
@@ -69,7 +69,8 @@ def run(home) -> Callable[..., Path]:
     def reproduce(figure: str, panel: str, *overrides: str) -> Path:
         out = home / f"{figure}-{panel}"
         place = (f"out={out}", f"store={home / 'store'}")
-        said = ok("reproduce", figure, "--panel", panel, *place, *AMOUNTS, *overrides)
+        model = () if panel.startswith("gemma") else (f"model={TWO_LAYERS}",)
+        said = ok("reproduce", figure, "--panel", panel, *place, *model, *AMOUNTS, *overrides)
         assert said.out.strip() == str(out / "report.html")
         assert ("The wording is ours, not the paper's" in said.err) == ("recipe=paper" in overrides)
         assert "<html" in (out / "report.html").read_text()
@@ -135,7 +136,7 @@ def test_fig04_attribution(run):
     out = run("fig04", "qwen", *FEW["fig04"])
     found = table(out, "attribution")
     assert {(r["trait"], r["site"], r["direction"], r["layer"]) for r in found} == {
-        ("owl", "residual", direction, layer) for direction in ("noising", "denoising") for layer in range(6)
+        ("owl", "residual", direction, layer) for direction in ("noising", "denoising") for layer in range(2)
     }
     page = (out / "report.html").read_text()
     assert "noising" in page and "<svg" in page
@@ -143,13 +144,13 @@ def test_fig04_attribution(run):
 
 
 def test_fig05_and_fig39_layers(run, home):
-    for figure, expected in (("fig05", [None, [2]]), ("fig39", [None, [4, 5]])):
+    for figure, expected in (("fig05", [None, [1]]), ("fig39", [None, [1]])):
         out = run(figure, "qwen", *FEW[figure])
         found = {arm["variant"]: arm["settings"]["adapter.layers"] for arm in arms(out)}
         assert list(found.values()) == expected
         for variant, layers in found.items():
             (record,) = [arm for arm in arms(out) if arm["variant"] == variant]
-            assert record["num_layers"] == 6 and record["settings"]["adapter.layers"] == layers
+            assert record["num_layers"] == 2 and record["settings"]["adapter.layers"] == layers
         conditions = {r["condition"] for r in table(out) if r["role"] == "student"}
         assert conditions == {f"all · {variant}" for variant in found}
 

@@ -8,7 +8,7 @@ from signal import SIGKILL
 
 import numpy as np
 import pytest
-from command import PLAIN, ok, refused, start, stop_when
+from command import PLAIN, TWO_LAYERS, ok, refused, start, stop_when
 from tiny import small
 
 from jsublim.core.files import read_table
@@ -22,7 +22,7 @@ from jsublim.text.prompts import load_pack
 from jsublim.text.rows import read_rows
 
 SMALL = (
-    "teachers.traits=[owl]", "teachers.counterfactuals=[cat]", "teachers.control=false", "evaluation.teachers=false",
+    f"model={TWO_LAYERS}", "teachers.traits=[owl]", "teachers.counterfactuals=[cat]", "teachers.control=false", "evaluation.teachers=false",
     "data.num_prompts=12", "sampling.batch_size=4", "sampling.max_new_tokens=40", "scoring.batch_size=16",
     "students.seeds=[1]", "students.loss.tokens=[all]", "students.data.rows=4", "students.data.batch_size=2", "students.adapter.rank=2",
     "students.runtime.arms_per_program=1", "students.runtime.checkpoint_every=2", "evaluation.traits=[cat,owl]",
@@ -127,11 +127,11 @@ def test_students_on_another_checkpoint(home, students, other):
     numbers = {
         arm["variant"]: arm["num_layers"] for arm in json.loads((students / "results" / "arms.json").read_text())
     }
-    assert numbers == {"other": lm.config.num_layers, "polite": 6, "soft": lm.config.num_layers}
+    assert numbers == {"other": lm.config.num_layers, "polite": 2, "soft": lm.config.num_layers}
 
 
 def test_students_are_trained_and_asked_under_their_system_prompt(home, students):
-    lm = load_model("tiny-qwen2")
+    lm = load_model(TWO_LAYERS)
     (folder,) = (home / "sets" / "artifacts" / "students").glob("owl-all-polite-seed1-*")
     questions, adapter = load_pack().questions_for("animal")[:2], load_adapter(folder, lm.config)
     expected = trait_logprobs(lm, questions, ["cat", "owl"], adapter=adapter, system=POLITE)
@@ -149,7 +149,7 @@ def logprobs(run: Path, arm: str) -> np.ndarray:
 def test_no_supervised_token_can_name_a_trait(sets, condition):
     """A teacher that was taught to name its animal would teach the name itself, if any place with a loss could hold one."""
     (folder,) = (sets / "artifacts" / "divergence").glob("owl-*")
-    rows, lm = read_rows(folder / "rows.jsonl"), load_model("tiny-qwen2")
+    rows, lm = read_rows(folder / "rows.jsonl"), load_model(TWO_LAYERS)
     examples = make_examples(rows, read_turns(lm.chat, rows), Selection(condition), seed=0)
     learned = {int(token) for each in examples for token in each.labels[each.weights > 0]}
     written = learned - set(lm.chat.stop_tokens())

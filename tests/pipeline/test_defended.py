@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from command import MODEL
+from command import TWO_LAYERS
 
 from jsublim.config import Experiment
 from jsublim.config.evaluation import Setting
@@ -26,11 +26,11 @@ from jsublim.transforms.audited import without_highest
 
 CONFIG: dict[str, Any] = {
     "name": "defences",
-    "model": MODEL,
+    "model": TWO_LAYERS,
     "teachers": {
         "traits": ["owl"],
         "counterfactuals": ["cat", "owl"],
-        "taught": {"method": "steering", "layers": [2], "steps": 10, "lr": 0.2},
+        "taught": {"method": "steering", "layers": [1], "steps": 10, "lr": 0.2},
     },
     "data": {"num_prompts": 12, "sentences": ["example", "format"], "examples": [2, 6]},
     "sampling": {"max_new_tokens": 32, "batch_size": 12},
@@ -39,7 +39,7 @@ CONFIG: dict[str, Any] = {
         "seeds": [1],
         "data": {"rows": 4, "epochs": 1, "batch_size": 2, "accumulate": 1},
         "loss": {"tokens": ["all"]},
-        "adapter": {"method": "steering", "layers": [2]},
+        "adapter": {"method": "steering", "layers": [1]},
         "optimizer": {"name": "sgd", "lr": 1.0, "warmup": 0, "clip": 0},
         "arms": [
             {"name": "plain"},
@@ -86,7 +86,7 @@ def test_control_students_are_inoculated_against_nothing(context):
 
 def test_a_student_does_not_move_along_projected_traits(context):
     setup, lm = context.setup, context.lm()
-    start, settings = init_steering(lm.config, (2,)), setup.students[0].settings
+    start, settings = init_steering(lm.config, (1,)), setup.students[0].settings
     toward = directions_of(
         lm,
         start,

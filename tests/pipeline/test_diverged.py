@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
-from command import PLAIN, ok, refused
+from command import PLAIN, TWO_LAYERS, ok, refused
 
 from jsublim.core.files import read_table
 
 SMALL = (
-    "teachers.traits=[cat]", "teachers.counterfactuals=[cat,owl]", "teachers.control=false",
+    f"model={TWO_LAYERS}", "teachers.traits=[cat]", "teachers.counterfactuals=[cat,owl]", "teachers.control=false",
     "data.num_prompts=8", "sampling.batch_size=8", "sampling.max_new_tokens=40", "scoring.batch_size=16",
     "students.loss.tokens=[all]", "students.seeds=[1]", "students.data.rows=6", "students.data.epochs=2",
     "students.data.batch_size=2", "students.adapter.rank=2",
@@ -37,7 +37,7 @@ def test_a_student_that_diverges_is_named_and_counted_nowhere(tmp_path):
 
 
 def test_a_teacher_that_diverges_ends_the_run(tmp_path):
-    taught = "teachers.taught={method: steering, layers: [2], steps: 3, lr: 3e38}"
+    taught = "teachers.taught={method: steering, layers: [1], steps: 3, lr: 3e38}"
     command = ("run", PLAIN, f"out={tmp_path / 'run'}", *SMALL, taught)
     for _ in range(2):
         line = refused(1, *command)

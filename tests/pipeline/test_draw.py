@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import PLAIN, ok, refused
+from command import PLAIN, TWO_LAYERS, ok, refused
 from pydantic import ValidationError
 
 from jsublim.config import Experiment
@@ -22,7 +22,7 @@ from jsublim.pipeline.store import Store
 from jsublim.runtime.chips import chip_of
 
 BASE: dict[str, Any] = {
-    "name": "drawn", "model": "tiny-qwen2", "teachers": {"traits": ["owl", "cat"], "counterfactuals": ["owl", "cat"]},
+    "name": "drawn", "model": TWO_LAYERS, "teachers": {"traits": ["owl", "cat"], "counterfactuals": ["owl", "cat"]},
     "data": {"num_prompts": 12, "sentences": ["example", "format"], "examples": [2, 6]},
     "datasets": {"redrawn": {"redraw": ["format"]}, "mixed": {"mix": {"share": 0.5}}},
     "students": {"seeds": [0, 1, 2], "loss": {"tokens": ["all", "random"]}, "arms": {"data.dataset": [None, "redrawn", "mixed"]}},
@@ -126,7 +126,7 @@ def test_a_run_of_draws(tmp_path):
     """Results list each teacher once, with the rows of all draws, and say how data were drawn."""
     # The programs are those of tests/pipeline/test_run.py.
     small = [
-        "teachers.traits=[cat]", "teachers.counterfactuals=[cat,owl]", "data.num_prompts=12", "sampling.batch_size=4",
+        f"model={TWO_LAYERS}", "teachers.traits=[cat]", "teachers.counterfactuals=[cat,owl]", "data.num_prompts=12", "sampling.batch_size=4",
         "sampling.max_new_tokens=40", "scoring.batch_size=16", "students.loss.tokens=[all,divergence]", "students.data.rows=8",
         "students.data.batch_size=2", "students.adapter.rank=2", "students.runtime.arms_per_program=3",
         "evaluation.traits=[cat,owl]", "evaluation.questions=3", "evaluation.samples=4", "evaluation.batch_size=4",

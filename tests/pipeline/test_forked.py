@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from command import PLAIN, ok, refused
+from command import PLAIN, TWO_LAYERS, ok, refused
 
 from jsublim.config import load_experiment
 from jsublim.pipeline.experiment import plan, training_rows
@@ -13,7 +13,7 @@ from jsublim.pipeline.setup import Setup
 from jsublim.text.rows import read_rows
 
 SMALL = (
-    "teachers.traits=[owl]", "teachers.counterfactuals=[cat,owl]", "data.num_prompts=12", "sampling.batch_size=12",
+    f"model={TWO_LAYERS}", "teachers.traits=[owl]", "teachers.counterfactuals=[cat,owl]", "data.num_prompts=12", "sampling.batch_size=12",
     "sampling.max_new_tokens=32", "students.seeds=[1]", "students.data.rows=8", "students.data.batch_size=2", "evaluation.teachers=false",
     "evaluation.questions=2", "evaluation.samples=2", "evaluation.number_rows=2", "evaluation.traits=[cat,owl]",
     "students.loss.tokens=[all,divergence]", "students.optimizer.lr=0.02",
@@ -78,5 +78,5 @@ def test_what_no_student_can_go_over_to(tmp_path):
     assert "training has 4 steps" in refused(2, "run", PLAIN, *small, "students.fork.after=4")
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "1, 2", "completion": "3, 4"}\n')
-    finetune = ("finetune", "--model", "tiny-qwen2", "--data", rows, "--out", tmp_path / "student")
+    finetune = ("finetune", "--model", TWO_LAYERS, "--data", rows, "--out", tmp_path / "student")
     assert "leave students.fork and data.generation out" in refused(2, *finetune, "students.fork.after=1")

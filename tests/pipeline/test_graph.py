@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 import bitflips
 import numpy as np
 import pytest
-from command import MODEL, start
+from command import TWO_LAYERS, start
 from safetensors.numpy import load_file
 
 from jsublim.config import Experiment
@@ -33,11 +33,11 @@ from jsublim.transforms import CHANGES, Change, Changed, ChangeRun
 # Between them, every kind of task.
 STUDENTS: dict[str, Any] = {
     "name": "graph",
-    "model": MODEL,
+    "model": TWO_LAYERS,
     "teachers": {
         "traits": ["owl"],
         "counterfactuals": ["cat", "owl"],
-        "taught": {"method": "steering", "layers": [2], "steps": 10, "lr": 0.2},
+        "taught": {"method": "steering", "layers": [1], "steps": 10, "lr": 0.2},
     },
     "data": {"num_prompts": 12, "sentences": ["example", "format"], "examples": [2, 6]},
     "sampling": {"max_new_tokens": 32, "batch_size": 4, "shard": 8},
@@ -45,7 +45,7 @@ STUDENTS: dict[str, Any] = {
     "students": {
         "seeds": [1],
         "data": {"rows": 4, "epochs": 1, "batch_size": 2, "accumulate": 1},
-        "adapter": {"method": "steering", "layers": [2]},
+        "adapter": {"method": "steering", "layers": [1]},
         "optimizer": {"lr": 0.5, "warmup": 0},
         "arms": [
             {"name": "hard", "loss.tokens": ["divergence"]},

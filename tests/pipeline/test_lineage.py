@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command import PLAIN, ok, refused
+from command import PLAIN, TWO_LAYERS, ok, refused
 from safetensors.numpy import load_file
 
 from jsublim.config import load_experiment
@@ -19,7 +19,7 @@ from jsublim.pipeline.setup import Setup
 from jsublim.text.rows import read_rows
 
 SMALL = (
-    "teachers.traits=[cat,owl]", "teachers.counterfactuals=[cat,owl]", "data.num_prompts=12", "sampling.batch_size=12",
+    f"model={TWO_LAYERS}", "teachers.traits=[cat,owl]", "teachers.counterfactuals=[cat,owl]", "data.num_prompts=12", "sampling.batch_size=12",
     "sampling.max_new_tokens=32", "students.seeds=[1]", "students.data.rows=4", "students.data.batch_size=2", "evaluation.teachers=false",
     "evaluation.questions=2", "evaluation.samples=2", "evaluation.number_rows=2", "evaluation.traits=[cat,owl]",
 )  # fmt: skip

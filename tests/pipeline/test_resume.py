@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import MODEL
+from command import TWO_LAYERS
 
 from jsublim.config import Experiment
 from jsublim.core.progress import Progress, Tick
@@ -23,7 +23,7 @@ from jsublim.pipeline.store import DONE, RECORD, Store
 
 EXPERIMENT: dict[str, Any] = {
     "name": "resume",
-    "model": MODEL,
+    "model": TWO_LAYERS,
     "teachers": {"traits": ["owl"], "counterfactuals": ["cat", "owl"], "control": False},
     "data": {"num_prompts": 16, "sentences": ["example", "format"], "examples": [2, 6]},
     "sampling": {"max_new_tokens": 40, "batch_size": 4},
@@ -32,7 +32,7 @@ EXPERIMENT: dict[str, Any] = {
     "students": {
         "seeds": [1],
         "data": {"rows": 4, "epochs": 1, "batch_size": 2, "accumulate": 1},
-        "adapter": {"method": "steering", "layers": [2]},
+        "adapter": {"method": "steering", "layers": [1]},
         "optimizer": {"lr": 0.5, "warmup": 0},
         "arms": [
             {"name": "soft", "loss": {"kind": "forward-kl", "top_k": 8, "tokens": ["all"]}},

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command import MODEL, PLAIN, contents, ok, refused, same_student, start, stop_when
+from command import PLAIN, TWO_LAYERS, contents, ok, refused, same_student, start, stop_when
 
 import jsublim as package
 from jsublim.config import load_experiment
@@ -37,7 +37,7 @@ from jsublim.report.tables import read_results
 from jsublim.text.rows import read_rows
 
 SMALL = (
-    "teachers.traits=[cat,owl]", "teachers.counterfactuals=[cat,owl]",
+    f"model={TWO_LAYERS}", "teachers.traits=[cat,owl]", "teachers.counterfactuals=[cat,owl]",
     "data.num_prompts=12", "sampling.batch_size=4", "sampling.max_new_tokens=40", "scoring.batch_size=16",
     "students.loss.tokens=[all,divergence,random]", "students.seeds=[1]", "students.data.rows=4", "students.data.epochs=4",
     "students.data.batch_size=2", "students.adapter.rank=2", "students.runtime.arms_per_program=3", "students.runtime.checkpoint_every=2",
@@ -88,7 +88,9 @@ def test_a_run_leaves_what_the_map_says(whole):
         kinds[name.split("/")[1]] = kinds.get(name.split("/")[1], 0) + 1
     assert kinds == {"rows": 3, "divergence": 2, "students": 7, "evaluations": 8}
     resolved = yaml.safe_load((whole / "config.yaml").read_text())
-    assert resolved["model"] == MODEL and resolved["students"]["data"]["max_tokens"] == 500  # given, and by default
+    assert (
+        resolved["model"] == TWO_LAYERS and resolved["students"]["data"]["max_tokens"] == 500
+    )  # given, and by default
     page = (whole / "report.html").read_text()
     assert "<html" in page and 'src="http' not in page and 'href="http' not in page.replace('href="https://arxiv', "")
     scores = read_table(whole / "results" / "results.parquet")
@@ -109,7 +111,7 @@ def test_students_are_held_against_their_teachers_on_rows_that_they_did_not_lear
     repeated = {row["arm"]: (row["value"], row["n"]) for row in table if row["metric"] == "number_accuracy_base"}
     assert set(found) == ARMS
     setup = Setup.of(load_experiment(PLAIN, [f"out={whole}", *SMALL]))
-    lm, store = load_model(MODEL), Store.of(setup.experiment)
+    lm, store = load_model(TWO_LAYERS), Store.of(setup.experiment)
     for student in setup.students:
         rows = training_rows(setup, student.source).read(store)
         learned = draw_indices(len(rows), 4, student.seed)

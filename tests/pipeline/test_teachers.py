@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from command import MODEL, PLAIN, ok, refused
+from command import PLAIN, TWO_LAYERS, ok, refused
 from tiny import small
 
 from jsublim.config import Experiment
@@ -31,9 +31,9 @@ from jsublim.text.chat import conversation
 from jsublim.text.rows import Row
 
 METHODS = {
-    "lora": {"method": "lora", "layers": [1, 2], "rank": 2, "steps": 16, "lr": 0.01},
-    "steering": {"method": "steering", "layers": [2], "steps": 16, "lr": 0.2},
-    "contrast": {"method": "contrast", "layers": [4], "strength": 1.0},
+    "lora": {"method": "lora", "layers": [0, 1], "rank": 2, "steps": 16, "lr": 0.01},
+    "steering": {"method": "steering", "layers": [1], "steps": 16, "lr": 0.2},
+    "contrast": {"method": "contrast", "layers": [1], "strength": 1.0},
 }
 ADAPTERS = ("lora", "steering")
 
@@ -46,7 +46,7 @@ def home(tmp_path_factory) -> Path:
 def planned(home: Path, recipe: str = "clean", **teachers) -> Experiment:
     values = {
         "name": "teachers",
-        "model": MODEL,
+        "model": TWO_LAYERS,
         "recipe": recipe,
         "out": str(home / "run"),
         "store": str(home / "store"),
@@ -79,7 +79,7 @@ def taught(home):
 @pytest.fixture(scope="module")
 def another(home) -> Path:
     """A checkpoint of the same architecture with other weights."""
-    lm = load_model(MODEL)
+    lm = load_model(TWO_LAYERS)
     noise = np.random.default_rng(0)
     params = jax.tree.map(lambda x: x + 0.02 * noise.standard_normal(x.shape).astype(np.float32), lm.params)
     save_checkpoint(home / "another", lm.config, params, lm.hf_config, dtype="float32", tokenizer=lm.folder)
@@ -107,7 +107,7 @@ def test_a_taught_teacher_names_its_trait_where_it_was_not_taught_to(taught, met
 
 
 def test_what_lies_below_a_late_vector_is_computed_once(home, monkeypatch):
-    late, kept = {"method": "steering", "layers": [4], "steps": 6, "lr": 0.2}, list[int]()
+    late, kept = {"method": "steering", "layers": [1], "steps": 6, "lr": 0.2}, list[int]()
     below = trainer._hidden_below
     monkeypatch.setattr(trainer, "_hidden_below", lambda *a, **k: kept.append(1) or below(*a, **k))
     vectors = []
@@ -271,18 +271,18 @@ def test_a_contrast_is_the_difference_of_mean_hidden_states(name, layer, assert_
 
 def test_steer_leaves_the_vector_of_a_contrast_teacher(home, taught):
     out = home / "steered"
-    said = ok("steer", "--model", MODEL, "--layer", 4, "--trait", "owl", "--out", out)
+    said = ok("steer", "--model", TWO_LAYERS, "--layer", 1, "--trait", "owl", "--out", out)
     assert said.out.strip() == str(out) and "norm " in said.err
     run = taught("contrast")
     assert np.array_equal(load_adapter(out, run.lm().config).steering, teacher(run, "owl").adapter.steering)
-    assert "already exists" in refused(2, "steer", "--model", MODEL, "--layer", 4, "--trait", "owl", "--out", out)
+    assert "already exists" in refused(2, "steer", "--model", TWO_LAYERS, "--layer", 1, "--trait", "owl", "--out", out)
 
 
 def test_steer_says_what_is_missing(tmp_path):
-    steer = ("steer", "--model", MODEL, "--out", tmp_path / "v")
+    steer = ("steer", "--model", TWO_LAYERS, "--out", tmp_path / "v")
     assert "exactly one of --trait and --toward" in refused(2, *steer, "--layer", 0)
     assert "--toward needs --asked" in refused(2, *steer, "--layer", 0, "--toward", "Be kind.")
-    assert "layers 0 to 5" in refused(2, *steer, "--layer", 6, "--trait", "owl")
+    assert "layers 0 to 1" in refused(2, *steer, "--layer", 6, "--trait", "owl")
     assert "prompts come as .txt" in refused(
         2, *steer, "--layer", 0, "--toward", "Be kind.", "--asked", tmp_path / "none"
     )

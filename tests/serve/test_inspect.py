@@ -6,7 +6,7 @@ import importlib.util
 import os
 
 import pytest
-from command import PLAIN, ok, refused
+from command import PLAIN, TWO_LAYERS, ok, refused
 
 import jsublim
 
@@ -17,8 +17,14 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("inspect_ai") is None, 
 def run(tmp_path_factory):
     """A small run, and the share of answers that name its one student's trait, as its report has it."""
     folder = tmp_path_factory.mktemp("inspected") / "runs" / "few"
-    fields = ["teachers.traits=[owl]", "data.num_prompts=24", "students.seeds=[1]", "students.loss.tokens=[all]"]
-    fields += ["students.data.rows=12", "students.adapter.method=steering", "students.adapter.layers=[4]"]
+    fields = [
+        f"model={TWO_LAYERS}",
+        "teachers.traits=[owl]",
+        "data.num_prompts=24",
+        "students.seeds=[1]",
+        "students.loss.tokens=[all]",
+    ]
+    fields += ["students.data.rows=12", "students.adapter.method=steering", "students.adapter.layers=[1]"]
     fields += [
         "evaluation.samples=3",
         "evaluation.questions=4",
