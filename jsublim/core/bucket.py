@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsublim.core.files import atomic, damaged_name
+from jsublim.core.files import atomic, damaged_name, scratch_beside
 from jsublim.errors import JsublimError, UsageError
 
 T = TypeVar("T")
@@ -123,7 +123,15 @@ class Bucket:
     def create(self, name: str, content: bytes) -> bool:
         """Put an object there unless there is one; of several who try, one is told True."""
         with suppress(FileExistsError), self._asking(name, writing=True) as path:
-            self._fs.pipe_file(path, content, mode="create")
+            if is_url(self.url):
+                self._fs.pipe_file(path, content, mode="create")
+                return True
+            # In a folder, fsspec looks whether it is there and then writes it: two may find nothing there.
+            place = Path(path)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with scratch_beside(place) as scratch:
+                scratch.write_bytes(content)
+                os.link(scratch, path)
             return True
         return False
 
