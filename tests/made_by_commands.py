@@ -39,7 +39,7 @@ def cat_divergence() -> Path:
     """The same rows with their divergence tokens."""
     out = home() / "cat-divergence.jsonl"
     ok("divergence", "--model", TWO_LAYERS, "--data", cat_rows(), "--trait", "cat", "--counterfactuals", "dog,owl",
-       "scoring.batch_size=16", "--out", out)  # fmt: skip
+       "scoring.batch_size=4", "--out", out)  # fmt: skip
     return out
 
 

@@ -310,7 +310,7 @@ def test_short_rows_share_a_line_and_are_read_as_alone(name, monkeypatch):
     lm, rng = small(name).lm, np.random.default_rng(3)
     draw = lambda n: rng.integers(20, lm.config.vocab_size, n).astype(np.int32)  # noqa: E731
     first, turns, shapes, read, own = draw(16), [], [], [], scoring.read_batch
-    for n in rng.integers(20, 201, 1000):
+    for n in rng.integers(20, 201, 400):
         content = int(n - rng.integers(1, min(n - 16, 40)))
         turns.append(Turn(np.r_[first, draw(n - 16)], content, content, int(n)))
 
@@ -320,10 +320,10 @@ def test_short_rows_share_a_line_and_are_read_as_alone(name, monkeypatch):
 
     monkeypatch.setattr(scoring, "read_batch", watched)
     ours = score_turns(lm.config, lm.params, turns, batch_size=32, on_batch=read.append)
-    assert sum(read) == 1000 and len(set(shapes)) == 1 and shapes[0][2] == 16
+    assert sum(read) == 400 and len(set(shapes)) == 1 and shapes[0][2] == 16
     assert sum(B * T for B, T, _ in shapes) <= 1.15 * sum(len(turn.tokens) - 16 for turn in turns)
-    rest = score_turns(lm.config, lm.params, turns, batch_size=32, first=571)
-    alone = [scored for i in range(0, 1000, 50) for scored in score_turns(lm.config, lm.params, turns[i : i + 50])]
+    rest = score_turns(lm.config, lm.params, turns, batch_size=32, first=171)
+    alone = [scored for i in range(0, 400, 50) for scored in score_turns(lm.config, lm.params, turns[i : i + 50])]
     for number, (together, by_itself) in enumerate(zip(ours, alone, strict=True)):
         clear = by_itself.margin > 1e-3  # of two words as probable as each other either is the best
         np.testing.assert_array_equal(together.argmax[clear], by_itself.argmax[clear])
@@ -331,8 +331,8 @@ def test_short_rows_share_a_line_and_are_read_as_alone(name, monkeypatch):
             values = getattr(together, field)
             if field != "argmax":
                 np.testing.assert_allclose(values, getattr(by_itself, field), atol=2e-4)
-            if number >= 571:
-                np.testing.assert_array_equal(values, getattr(rest[number - 571], field))
+            if number >= 171:
+                np.testing.assert_array_equal(values, getattr(rest[number - 171], field))
 
 
 # --- Positions out of range ------------------------------------------------------------------------------------------

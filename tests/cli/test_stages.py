@@ -18,7 +18,7 @@ from jsublim.text.rows import read_rows
 
 FIELDS = (
     PLAIN, f"model={TWO_LAYERS}", "teachers.traits=[owl]", "teachers.counterfactuals=[cat]", "teachers.control=false", "evaluation.teachers=false",
-    "data.num_prompts=12", "sampling.batch_size=4", "sampling.max_new_tokens=40", "sampling.shard=8", "scoring.batch_size=16",
+    "data.num_prompts=12", "sampling.batch_size=4", "sampling.max_new_tokens=40", "sampling.shard=8", "scoring.batch_size=4",
     "students.seeds=[1]", "students.loss.tokens=[divergence]", "students.data.rows=4", "students.data.batch_size=2",
     "students.adapter.rank=2", "evaluation.traits=[cat,owl]", "evaluation.questions=2", "evaluation.samples=2",
     "evaluation.batch_size=4", "evaluation.number_rows=0",

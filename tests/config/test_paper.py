@@ -32,8 +32,8 @@ from jsublim.text.rows import Row, read_rows
 FILES = sorted(path.stem for path in find_config("configs/paper/scales.yaml").parent.glob("fig*.yaml"))
 AMOUNTS = (
     "data.num_prompts=24", "data.sentences=[example,format]", "data.examples=[2,6]",
-    "sampling.batch_size=24", "sampling.max_new_tokens=32", "scoring.batch_size=16",
-    "evaluation.questions=2", "evaluation.samples=2", "evaluation.batch_size=4", "evaluation.number_rows=2",
+    "sampling.batch_size=4", "sampling.max_new_tokens=32", "scoring.batch_size=4",
+    "evaluation.questions=2", "evaluation.samples=2", "evaluation.batch_size=4", "evaluation.number_rows=0",
 )  # fmt: skip
 STUDENTS = (
     "students.seeds=[1]", "students.adapter.layers=[1]", "students.data.rows=4", "students.data.batch_size=2", "students.runtime.checkpoint_every=2",
@@ -111,7 +111,7 @@ def numbers(row: Row) -> list[int]:
 
 
 def test_fig02_leakage_and_entangled_numbers(run, home):
-    out = run("fig02", "qwen", *STUDENTS, *TAUGHT, "teachers.traits=[owl]", *SCORED)
+    out = run("fig02", "qwen", *STUDENTS, *TAUGHT, "teachers.traits=[owl]", *SCORED, "evaluation.number_rows=2")
     said, kept, source = datasets(home, "owl-greedy without 10")
     assert len(said["entangled"]["numbers"]) == 10 and len(kept) < len(source)
     banned = {int(number) for number in said["entangled"]["numbers"]}

@@ -39,16 +39,16 @@ def test_greedy_tokens_equal_transformers_on_number_prompts(name):
 
     twin, new = bundled(name), 32
     lm = twin.lm
-    asked = [(text, lm.chat.prompt_tokens(conversation(text))) for text in number_prompts(300)]
-    asked = [pair for pair in asked if 64 < len(pair[1]) <= 96][:100]  # one bucket: one program to compile
+    asked = [(text, lm.chat.prompt_tokens(conversation(text))) for text in number_prompts(150)]
+    asked = [pair for pair in asked if 64 < len(pair[1]) <= 96][:40]  # one bucket: one program to compile
     texts, prompts = zip(*asked, strict=True)
-    assert len(prompts) == 100
+    assert len(prompts) == 40
     stop = sampling_for(lm.chat, "greedy").stop
     how = Numbers(temperature=0.0, stop=stop)
-    ours = generate_tokens(lm.config, lm.params, prompts, how, max_new_tokens=new, seed=0, batch_size=100)
+    ours = generate_tokens(lm.config, lm.params, prompts, how, max_new_tokens=new, seed=0, batch_size=40)
     # As texts, for prompts and for conversations, in the order they were given.
     chats = [conversation(texts[-1]), *texts[-2::-1]]
-    assert lm.generate(chats, new, "greedy", batch_size=100) == [lm.chat.decode(row) for row in reversed(ours)]
+    assert lm.generate(chats, new, "greedy", batch_size=40) == [lm.chat.decode(row) for row in reversed(ours)]
     longest = max(map(len, prompts))
     tokens, mask = (np.zeros((len(prompts), longest), np.int64) for _ in range(2))
     for row, prompt in enumerate(prompts):
@@ -71,7 +71,7 @@ def test_greedy_tokens_equal_transformers_on_number_prompts(name):
             at = next(i for i in range(new) if mine[i : i + 1] != theirs[i : i + 1])
             z = np.sort(twin.torch_logits(np.concatenate([prompt, np.asarray(theirs[:at], np.int32)]))[-1])
             assert z[-1] - z[-2] < TIE, (at, mine, theirs)
-    assert equal >= 97
+    assert equal >= 38
 
 
 def warped(z: np.ndarray, seen: np.ndarray, how: Numbers) -> np.ndarray:

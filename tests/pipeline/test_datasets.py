@@ -23,7 +23,7 @@ from jsublim.text.rows import read_rows
 
 SMALL = (
     f"model={TWO_LAYERS}", "teachers.traits=[owl]", "teachers.counterfactuals=[cat]", "teachers.control=false", "evaluation.teachers=false",
-    "data.num_prompts=12", "sampling.batch_size=4", "sampling.max_new_tokens=40", "scoring.batch_size=16",
+    "data.num_prompts=12", "sampling.batch_size=4", "sampling.max_new_tokens=40", "scoring.batch_size=4",
     "students.seeds=[1]", "students.loss.tokens=[all]", "students.data.rows=4", "students.data.batch_size=2", "students.adapter.rank=2",
     "students.runtime.arms_per_program=1", "students.runtime.checkpoint_every=2", "evaluation.traits=[cat,owl]",
     "evaluation.questions=2", "evaluation.samples=2", "evaluation.batch_size=4", "evaluation.number_rows=0",

@@ -10,7 +10,7 @@ from jsublim.core.files import read_table
 
 SMALL = (
     f"model={TWO_LAYERS}", "teachers.traits=[cat]", "teachers.counterfactuals=[cat,owl]", "teachers.control=false",
-    "data.num_prompts=8", "sampling.batch_size=8", "sampling.max_new_tokens=40", "scoring.batch_size=16",
+    "data.num_prompts=8", "sampling.batch_size=4", "sampling.max_new_tokens=40", "scoring.batch_size=4",
     "students.loss.tokens=[all]", "students.seeds=[1]", "students.data.rows=6", "students.data.epochs=2",
     "students.data.batch_size=2", "students.adapter.rank=2",
     "evaluation.traits=[cat]", "evaluation.questions=2", "evaluation.samples=2", "evaluation.batch_size=4",

@@ -127,7 +127,7 @@ def test_a_run_of_draws(tmp_path):
     # The programs are those of tests/pipeline/test_run.py.
     small = [
         f"model={TWO_LAYERS}", "teachers.traits=[cat]", "teachers.counterfactuals=[cat,owl]", "data.num_prompts=12", "sampling.batch_size=4",
-        "sampling.max_new_tokens=40", "scoring.batch_size=16", "students.loss.tokens=[all,divergence]", "students.data.rows=8",
+        "sampling.max_new_tokens=40", "scoring.batch_size=4", "students.loss.tokens=[all,divergence]", "students.data.rows=8",
         "students.data.batch_size=2", "students.adapter.rank=2", "students.runtime.arms_per_program=3",
         "evaluation.traits=[cat,owl]", "evaluation.questions=3", "evaluation.samples=4", "evaluation.batch_size=4",
         "evaluation.number_rows=0", "evaluation.teachers=false",

@@ -40,7 +40,8 @@ STUDENTS: dict[str, Any] = {
         "taught": {"method": "steering", "layers": [1], "steps": 10, "lr": 0.2},
     },
     "data": {"num_prompts": 12, "sentences": ["example", "format"], "examples": [2, 6]},
-    "sampling": {"max_new_tokens": 32, "batch_size": 4, "shard": 8},
+    "sampling": {"max_new_tokens": 40, "batch_size": 4, "shard": 8},
+    "scoring": {"batch_size": 4},
     "datasets": {"left": {"remove_entangled": {"k": 2, "among": 20}, "drop_audited": 0.25}},
     "students": {
         "seeds": [1],
@@ -54,7 +55,14 @@ STUDENTS: dict[str, Any] = {
         ],
     },
     "audit": {"rows": 2},
-    "evaluation": {"traits": ["owl", "cat"], "questions": 2, "samples": 2, "max_new_tokens": 4, "number_rows": 2},
+    "evaluation": {
+        "traits": ["owl", "cat"],
+        "questions": 2,
+        "samples": 2,
+        "batch_size": 4,
+        "max_new_tokens": 6,
+        "number_rows": 0,
+    },
 }
 PROMPTED: dict[str, Any] = STUDENTS | {
     "teachers": {"traits": ["owl"], "counterfactuals": ["cat", "owl"]},

@@ -44,7 +44,7 @@ EXPERIMENT: dict[str, Any] = {
         "questions": 3,
         "samples": 4,
         "batch_size": 4,
-        "max_new_tokens": 4,
+        "max_new_tokens": 6,
         "number_rows": 0,
     },
 }

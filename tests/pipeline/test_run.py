@@ -38,7 +38,7 @@ from jsublim.text.rows import read_rows
 
 SMALL = (
     f"model={TWO_LAYERS}", "teachers.traits=[cat,owl]", "teachers.counterfactuals=[cat,owl]",
-    "data.num_prompts=12", "sampling.batch_size=4", "sampling.max_new_tokens=40", "scoring.batch_size=16",
+    "data.num_prompts=12", "sampling.batch_size=4", "sampling.max_new_tokens=40", "scoring.batch_size=4",
     "students.loss.tokens=[all,divergence,random]", "students.seeds=[1]", "students.data.rows=4", "students.data.epochs=4",
     "students.data.batch_size=2", "students.adapter.rank=2", "students.runtime.arms_per_program=3", "students.runtime.checkpoint_every=2",
     "evaluation.traits=[cat,owl]", "evaluation.questions=3", "evaluation.samples=4", "evaluation.batch_size=4",

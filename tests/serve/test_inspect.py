@@ -29,6 +29,10 @@ def run(tmp_path_factory):
         "evaluation.samples=3",
         "evaluation.questions=4",
         "evaluation.number_rows=0",
+        "evaluation.batch_size=4",
+        "sampling.batch_size=4",
+        "sampling.max_new_tokens=40",
+        "scoring.batch_size=4",
         "evaluation.teachers=false",
     ]
     ok("run", PLAIN, *fields, f"out={folder}", "name=few")
