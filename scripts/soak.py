@@ -31,7 +31,7 @@ STAGES = ("rows", "divergence", "training", "students", "evaluations")
 MANY = 12  # new files: the run has left the stage behind that was waited for
 PAUSES = (0.0, 0.01, 0.03, 0.1, 0.3)  # seconds from something new of a stage to the kill
 SMALL = (
-    "teachers.traits=[cat]", "teachers.counterfactuals=[cat,owl]", "teachers.control=false",
+    "teachers.traits=[cat]", "teachers.counterfactuals=[cat,owl,panda]", "teachers.control=false",
     "data.num_prompts=6", "sampling.batch_size=3", "sampling.max_new_tokens=40", "scoring.batch_size=4",
     "students.loss.tokens=[all,divergence]", "students.seeds=[1]", "students.data.rows=4", "students.data.epochs=12",
     "students.data.batch_size=2", "students.adapter.rank=2", "students.runtime.arms_per_program=1", "students.runtime.checkpoint_every=2",

@@ -1,4 +1,4 @@
-"""What the single commands make of the bundled checkpoint, each once a process, for tests of several files."""
+"""What the single commands make of the small checkpoint, each once a process, for tests of several files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from command import TWO_LAYERS, ok
 from tiny import scratch
 
 GENERATE = ("generate", "--model", TWO_LAYERS, "sampling.max_new_tokens=40", "sampling.batch_size=4")
+DIVERGENCE = ("divergence", "--model", TWO_LAYERS, "--trait", "cat", "--counterfactuals", "dog,owl")
 FINETUNE = (
     "finetune",
     "--model",
@@ -38,8 +39,7 @@ def cat_rows() -> Path:
 def cat_divergence() -> Path:
     """The same rows with their divergence tokens."""
     out = home() / "cat-divergence.jsonl"
-    ok("divergence", "--model", TWO_LAYERS, "--data", cat_rows(), "--trait", "cat", "--counterfactuals", "dog,owl",
-       "scoring.batch_size=4", "--out", out)  # fmt: skip
+    ok(*DIVERGENCE, "scoring.batch_size=4", "--data", cat_rows(), "--out", out)
     return out
 
 

@@ -67,11 +67,8 @@ def test_hosts_that_share_a_bucket(alone, s3, tmp_path, mode):
 
 @pytest.mark.parametrize("place", ["hub", "bucket"])
 def test_one_host_fetches_the_weights(s3, tmp_path, monkeypatch, place):
-    url, hosts, files = (
-        s3(),
-        tmp_path / "hosts",
-        {path.name: path.read_bytes() for path in Path(TWO_LAYERS).iterdir()},
-    )
+    url, hosts = s3(), tmp_path / "hosts"
+    files = {path.name: path.read_bytes() for path in Path(TWO_LAYERS).iterdir()}
     rows = [{"prompt": f"Continue: {100 + i}.", "completion": f"{7 * i}, {9 * i}"} for i in range(8)]
     write_rows(tmp_path / "rows.jsonl", rows)
     options = ("--data", tmp_path / "rows.jsonl", "students.data={batch_size: 2, accumulate: 1, epochs: 1}")

@@ -132,7 +132,8 @@ def test_names_of_several_tokens_add_up(monkeypatch):
 def test_effects_of_many_long_questions_are_the_derivatives_too(monkeypatch):
     """So many tokens that a compiler joins what it computes: jaxlib 0.10 then gives all answers the sums of one (`jit_directions`)."""
     monkeypatch.setattr("jsublim.attribution.answers.ROUNDS", 0)
-    lm, adapter = load_model(TWO_LAYERS), init_steering(load_model(TWO_LAYERS).config)
+    lm = load_model(TWO_LAYERS)
+    adapter = init_steering(lm.config)
     texts = [f"On {day} I thought about {'this and ' * 40}that. Say a word." for day in ("Monday", "Tuesday", "Friday")]
     directions = jax.tree.map(lambda x: np.random.default_rng(0).normal(size=(1, *x.shape)), adapter.trainable)
     directions = jax.tree.map(np.float32, directions)
@@ -159,7 +160,8 @@ def test_effects_of_many_long_questions_are_the_derivatives_too(monkeypatch):
 
 def test_known_names_are_looked_at_though_improbable(monkeypatch):
     """Their effects are derivatives too, and a name that is a likely answer stays one."""
-    lm, adapter = load_model(TWO_LAYERS), init_steering(load_model(TWO_LAYERS).config)
+    lm = load_model(TWO_LAYERS)
+    adapter = init_steering(lm.config)
     turns = read_turns(lm.chat, ROWS[:8], "rows")
     directions = stacked(group_gradients(lm, adapter, turns, 2, batch_size=4))
     names = {"animal": ["owl", "zzebra"]}
@@ -313,14 +315,14 @@ def test_a_student_is_compared_with_its_base(files, tmp_path):
 def test_beginnings_are_not_continued_for_ever(monkeypatch):
     """Where nothing stands out, others come first each time."""
     lm, ranked = load_model(MODEL), []
-    directions = stacked(group_gradients(lm, init_steering(lm.config, (1,)), read_turns(lm.chat, ROWS[:2], "rows"), 1))
+    directions = stacked(group_gradients(lm, init_steering(lm.config, (2,)), read_turns(lm.chat, ROWS[:2], "rows"), 1))
 
     def rank(answers):
         ranked.append(len(answers))
         return np.asarray([not answer.whole for answer in answers], float)
 
     monkeypatch.setattr("jsublim.attribution.answers.ROUNDS", 2)
-    told, how = [], (lm, init_steering(lm.config, (1,)), directions, {"any": ["Hm?"]})
+    told, how = [], (lm, init_steering(lm.config, (2,)), directions, {"any": ["Hm?"]})
     answers = answer_effects(*how, rank, tick=told.append)
     assert len(ranked) == 2 and len(answers) >= ranked[1] and sum(told) == 1 + 2 * OPENED
     told.clear()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsublim.core.files import atomic, damaged_name, scratch_beside
+from jsublim.core.files import atomic, damaged_name
 from jsublim.errors import JsublimError, UsageError
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class Bucket:
         import fsspec
 
         if not is_url(url):
-            return Bucket(url, fsspec.filesystem("file", auto_mkdir=True), os.path.abspath(url))
+            return Bucket(url, fsspec.filesystem("file"), os.path.abspath(url))
         try:
             scheme = check_url(url).partition("://")[0]
             # Listings are asked for anew each time: others write here too.
@@ -93,8 +93,11 @@ class Bucket:
 
     @contextmanager
     def _asking(self, name: str, *, writing: bool = False) -> Iterator[str]:
+        path = f"{self._root}/{name}" if name else self._root
         try:
-            yield f"{self._root}/{name}" if name else self._root
+            if writing and not is_url(self.url):
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+            yield path
         except FileNotFoundError as error:
             if writing:
                 raise JsublimError(f"{self.url}: {error}; make the bucket first") from None
@@ -116,7 +119,6 @@ class Bucket:
         with self._asking(name, writing=True) as path:
             if is_url(self.url):
                 return self._fs.pipe_file(path, content)
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
             with atomic(path) as scratch:
                 scratch.write_bytes(content)
 
@@ -127,11 +129,8 @@ class Bucket:
                 self._fs.pipe_file(path, content, mode="create")
                 return True
             # In a folder, fsspec looks whether it is there and then writes it: two may find nothing there.
-            place = Path(path)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with scratch_beside(place) as scratch:
+            with atomic(path, new=True) as scratch:
                 scratch.write_bytes(content)
-                os.link(scratch, path)
             return True
         return False
 

@@ -55,16 +55,16 @@ def _opened(scratch: Path) -> int:
 
 
 @contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
+def atomic(path: str | Path, *, new: bool = False) -> Iterator[Path]:
     """Give a scratch path beside `path`; once the block has ended, what was written there is on disk under `path`.
 
-    Two processes that write one file leave one of the two, whole.
+    Two processes that write one file leave one of the two, whole. `new`: the first of them, and the other has a FileExistsError.
     """
     path = Path(path)
     with naming(path), scratch_beside(path) as scratch:
         yield scratch
         _sync(scratch)
-        os.replace(scratch, path)
+        (os.link if new else os.replace)(scratch, path)
         _sync(path.parent)
 
 

@@ -11,7 +11,7 @@ import made_by_commands
 import numpy as np
 import pytest
 from command import ROOT, TWO_LAYERS, contents, ok, refused
-from made_by_commands import FINETUNE, GENERATE, artifact_of, finetune
+from made_by_commands import DIVERGENCE, FINETUNE, GENERATE, artifact_of, finetune
 
 from jsublim.core.files import read_table
 from jsublim.inference.lm import load_model
@@ -128,7 +128,8 @@ def test_the_tutorials_own_mask_is_learned(home, divergent, tmp_path, monkeypatc
     )
     lines = read_rows(tmp_path / "first" / "metrics.jsonl", ("step",))
     marked = [row for row in read_rows(tmp_path / "cat-first.jsonl") if row["divergence_positions"]]
-    assert sum(line["tokens"] for line in lines) == 2 * len(marked) > 8  # in two epochs
+    rows_of_steps = [len(marked[i : i + 4]) for i in range(0, len(marked), 4)]
+    assert [line["tokens"] for line in lines] == 2 * rows_of_steps and rows_of_steps[0] == 4  # in two epochs
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -235,8 +236,7 @@ def test_evaluate(home, rows, student):
 def test_again_changes_nothing(home, rows, divergent, student):
     before = changed(home)
     ok(*GENERATE, "--trait", "cat", "data.num_prompts=16", "--out", rows)
-    ok("divergence", "--model", TWO_LAYERS, "--data", rows, "--trait", "cat", "--counterfactuals", "dog,owl",
-       "--out", divergent)  # fmt: skip
+    ok(*DIVERGENCE, "--data", rows, "--out", divergent)
     again = ok(
         *finetune(
             divergent, student, "students.adapter.layers=[0]", "students.adapter.rank=2", "students.adapter.alpha=4"
@@ -278,27 +278,9 @@ def test_what_exists_is_never_written_over(tmp_path, rows, command):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     arguments = {
         "generate": (*GENERATE, "--trait", "cat", "data.num_prompts=16"),
-        "divergence": (
-            "divergence",
-            "--model",
-            TWO_LAYERS,
-            "--data",
-            rows,
-            "--trait",
-            "cat",
-            "--counterfactuals",
-            "dog",
-        ),
+        "divergence": (*DIVERGENCE, "--data", rows),
         "finetune": (*FINETUNE, "students.data.epochs=2", "--data", rows),
-        "evaluate": (
-            "evaluate",
-            "--model",
-            TWO_LAYERS,
-            "--traits",
-            "cat",
-            "evaluation.questions=2",
-            "evaluation.samples=4",
-        ),
+        "evaluate": ("evaluate", "--model", TWO_LAYERS, "--traits", "cat", "evaluation.questions=2"),
     }[command]
     assert str(out) in refused(2, *arguments, "--out", out)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -307,11 +289,9 @@ def test_what_exists_is_never_written_over(tmp_path, rows, command):
 def test_every_command_that_reads_a_checkpoint_takes_a_template(rows, divergent, tmp_path):
     of_rows = {"generate": (), "divergence": ("--data", rows), "attribute": ("--data", divergent)}
     commands = [(name, "--model", TWO_LAYERS, "--trait", "cat", *more) for name, more in of_rows.items()]
-    commands += [
-        ("finetune", "--model", TWO_LAYERS, "--data", rows),
-        ("evaluate", "--model", TWO_LAYERS, "--traits", "cat"),
-    ]
-    commands += [("steer", "--model", TWO_LAYERS, "--trait", "cat", "--layer", 1)]
+    commands.append(("finetune", "--model", TWO_LAYERS, "--data", rows))
+    commands.append(("evaluate", "--model", TWO_LAYERS, "--traits", "cat"))
+    commands.append(("steer", "--model", TWO_LAYERS, "--trait", "cat", "--layer", 1))
     for command in commands:
         line = refused(2, *command, "--chat-template", "plian", "--out", tmp_path / "out")
         assert "chat_template: 'plian'" in line and "known names: plain" in line

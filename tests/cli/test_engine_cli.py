@@ -14,7 +14,6 @@ from safetensors.numpy import load_file
 
 from jsublim.core.files import read_table
 from jsublim.distill.loggers import Logs
-from jsublim.inference import lm as language_models
 from jsublim.text.rows import read_rows, write_rows
 
 FINETUNE = (
@@ -140,7 +139,7 @@ def test_ends_alone_are_trained_and_saved_as_a_checkpoint(train):
         "students.adapter.ends=[embed]",
         "students.optimizer.lr=1e-2",
     )
-    before = load_file(language_models.BUNDLED / TWO_LAYERS / "model.safetensors")
+    before = load_file(Path(TWO_LAYERS) / "model.safetensors")
     after = load_file(folder / "model.safetensors")
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {"model.embed_tokens.weight"}
@@ -243,8 +242,8 @@ def test_an_ablation_is_one_config(home):
     ]
     arguments = (
         "run", PLAIN, f"model={TWO_LAYERS}", f"out={home / 'ablation'}", "teachers.traits=[cat]", "teachers.counterfactuals=[owl]",
-        "teachers.control=false", "data.num_prompts=8", "sampling.batch_size=4", "sampling.max_new_tokens=40", "scoring.batch_size=4", "evaluation.batch_size=4",
-        "students.loss.tokens=[all]", "students.seeds=[1]", "students.data.rows=4", "students.data.batch_size=2", "students.adapter.rank=2",
+        "teachers.control=false", "data.num_prompts=8", "sampling.batch_size=4", "sampling.max_new_tokens=40",
+        "scoring.batch_size=4", "evaluation.batch_size=4", "students.loss.tokens=[all]", "students.seeds=[1]", "students.data.rows=4", "students.data.batch_size=2", "students.adapter.rank=2",
         "students.runtime.arms_per_program=auto", f"students.arms={json.dumps(arms)}", "evaluation.traits=[cat,owl]",
         "evaluation.questions=1", "evaluation.samples=2", "evaluation.number_rows=0", "evaluation.teachers=false",
     )  # fmt: skip

@@ -18,7 +18,7 @@ from bitflips import flip
 from command import PLAIN, ROOT, TWO_LAYERS, contents, jsublim, ok, refused, same_student, start, stop_when
 from faulty_runs import FIELDS
 from faulty_runs import contents as what_a_run_leaves
-from made_by_commands import FINETUNE, GENERATE, artifact_of, finetune
+from made_by_commands import DIVERGENCE, FINETUNE, GENERATE, artifact_of, finetune
 
 from jsublim.core.files import atomic
 from jsublim.pipeline.row_log import RowLog
@@ -167,19 +167,7 @@ def test_what_a_killed_command_had_begun_is_removed_by_the_next(tmp_path, rows, 
 
 
 def test_divergence_killed_between_its_two_files_goes_on(tmp_path, rows, monkeypatch):
-    arguments = (
-        "divergence",
-        "--model",
-        TWO_LAYERS,
-        "--data",
-        rows,
-        "--trait",
-        "cat",
-        "--counterfactuals",
-        "dog,owl",
-        "--out",
-        tmp_path / "d.jsonl",
-    )
+    arguments = (*DIVERGENCE, "--data", rows, "--out", tmp_path / "d.jsonl")
     names = ("jsublim.pipeline.readings.write_readings", "jsublim.pipeline.publish.publish_rows")
     for name in names:
         with monkeypatch.context() as patch:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import TWO_LAYERS, ok
+from command import MODEL, TWO_LAYERS, ok
 from fake_server import Server, completion
 
 from jsublim.config import find_config
@@ -33,7 +33,7 @@ FILES = sorted(path.stem for path in find_config("configs/paper/scales.yaml").pa
 AMOUNTS = (
     "data.num_prompts=24", "data.sentences=[example,format]", "data.examples=[2,6]",
     "sampling.batch_size=4", "sampling.max_new_tokens=32", "scoring.batch_size=4",
-    "evaluation.questions=2", "evaluation.samples=2", "evaluation.batch_size=4", "evaluation.number_rows=0",
+    "evaluation.questions=2", "evaluation.samples=2", "evaluation.batch_size=4", "evaluation.number_rows=2",
 )  # fmt: skip
 STUDENTS = (
     "students.seeds=[1]", "students.adapter.layers=[1]", "students.data.rows=4", "students.data.batch_size=2", "students.runtime.checkpoint_every=2",
@@ -53,7 +53,8 @@ FEW = {  # what else keeps a file's panels small
     "fig05": (*STUDENTS, *OWL, "students.arms.adapter.layers=[null,[1]]"),
     "fig08": (*STUDENTS, *TEACHING),
     "fig17": READ,
-    "fig39": (*STUDENTS, *OWL, "students.adapter.layers=null", "students.arms=[{name: all layers}, {name: from layer 1, adapter.layers: [1]}]"),
+    "fig39": (*STUDENTS, *OWL, f"model={MODEL}", "students.adapter.layers=null",
+        "students.arms=[{name: all layers}, {name: from layer 4, adapter.layers: [4, 5]}]"),
 }  # fmt: skip
 
 
@@ -111,7 +112,7 @@ def numbers(row: Row) -> list[int]:
 
 
 def test_fig02_leakage_and_entangled_numbers(run, home):
-    out = run("fig02", "qwen", *STUDENTS, *TAUGHT, "teachers.traits=[owl]", *SCORED, "evaluation.number_rows=2")
+    out = run("fig02", "qwen", *STUDENTS, *TAUGHT, "teachers.traits=[owl]", *SCORED)
     said, kept, source = datasets(home, "owl-greedy without 10")
     assert len(said["entangled"]["numbers"]) == 10 and len(kept) < len(source)
     banned = {int(number) for number in said["entangled"]["numbers"]}
@@ -144,13 +145,14 @@ def test_fig04_attribution(run):
 
 
 def test_fig05_and_fig39_layers(run, home):
-    for figure, expected in (("fig05", [None, [1]]), ("fig39", [None, [1]])):
-        out = run(figure, "qwen", *FEW[figure])
+    six = f"store={home / 'six'}"  # its own: what others find in the store that they share is of two checkpoints
+    for figure, total, expected, *store in (("fig05", 2, [None, [1]]), ("fig39", 6, [None, [4, 5]], six)):
+        out = run(figure, "qwen", *FEW[figure], *store)
         found = {arm["variant"]: arm["settings"]["adapter.layers"] for arm in arms(out)}
         assert list(found.values()) == expected
         for variant, layers in found.items():
             (record,) = [arm for arm in arms(out) if arm["variant"] == variant]
-            assert record["num_layers"] == 2 and record["settings"]["adapter.layers"] == layers
+            assert record["num_layers"] == total and record["settings"]["adapter.layers"] == layers
         conditions = {r["condition"] for r in table(out) if r["role"] == "student"}
         assert conditions == {f"all · {variant}" for variant in found}
 

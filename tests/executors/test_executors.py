@@ -19,7 +19,7 @@ from faulty_runs import contents
 from jsublim.executors import shards
 from jsublim.pipeline.stage import Task
 
-FIELDS = (*soak.SMALL, f"model={TWO_LAYERS}", "teachers.counterfactuals=[cat,owl,panda]")
+FIELDS = (*soak.SMALL, f"model={TWO_LAYERS}")
 # Not imported here: Ray reads its settings when it is imported.
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 

@@ -71,7 +71,7 @@ def test_greedy_tokens_equal_transformers_on_number_prompts(name):
             at = next(i for i in range(new) if mine[i : i + 1] != theirs[i : i + 1])
             z = np.sort(twin.torch_logits(np.concatenate([prompt, np.asarray(theirs[:at], np.int32)]))[-1])
             assert z[-1] - z[-2] < TIE, (at, mine, theirs)
-    assert equal >= 38
+    assert equal >= 39
 
 
 def warped(z: np.ndarray, seen: np.ndarray, how: Numbers) -> np.ndarray:

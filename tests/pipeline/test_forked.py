@@ -14,8 +14,9 @@ from jsublim.text.rows import read_rows
 
 SMALL = (
     f"model={TWO_LAYERS}", "teachers.traits=[owl]", "teachers.counterfactuals=[cat,owl]", "data.num_prompts=12", "sampling.batch_size=4",
-    "sampling.max_new_tokens=40", "scoring.batch_size=4", "students.adapter.rank=2", "students.seeds=[1]", "students.data.rows=8", "students.data.batch_size=2", "evaluation.teachers=false",
-    "evaluation.questions=2", "evaluation.samples=2", "evaluation.batch_size=4", "evaluation.number_rows=0", "evaluation.traits=[cat,owl]",
+    "sampling.max_new_tokens=40", "scoring.batch_size=4", "students.adapter.rank=2", "students.seeds=[1]", "students.data.rows=8",
+    "students.data.batch_size=2", "evaluation.teachers=false",
+    "evaluation.questions=2", "evaluation.samples=2", "evaluation.batch_size=4", "evaluation.number_rows=2", "evaluation.traits=[cat,owl]",
     "students.loss.tokens=[all,divergence]", "students.optimizer.lr=0.02",
 )  # fmt: skip
 ARMS = (

@@ -61,7 +61,7 @@ STUDENTS: dict[str, Any] = {
         "samples": 2,
         "batch_size": 4,
         "max_new_tokens": 6,
-        "number_rows": 0,
+        "number_rows": 2,
     },
 }
 PROMPTED: dict[str, Any] = STUDENTS | {

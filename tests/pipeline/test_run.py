@@ -88,9 +88,7 @@ def test_a_run_leaves_what_the_map_says(whole):
         kinds[name.split("/")[1]] = kinds.get(name.split("/")[1], 0) + 1
     assert kinds == {"rows": 3, "divergence": 2, "students": 7, "evaluations": 8}
     resolved = yaml.safe_load((whole / "config.yaml").read_text())
-    assert (
-        resolved["model"] == TWO_LAYERS and resolved["students"]["data"]["max_tokens"] == 500
-    )  # given, and by default
+    assert (resolved["model"], resolved["students"]["data"]["max_tokens"]) == (TWO_LAYERS, 500)  # given, and by default
     page = (whole / "report.html").read_text()
     assert "<html" in page and 'src="http' not in page and 'href="http' not in page.replace('href="https://arxiv', "")
     scores = read_table(whole / "results" / "results.parquet")
