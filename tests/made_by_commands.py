@@ -20,6 +20,8 @@ FINETUNE = (
     "students.optimizer.warmup=1",
 )
 
+LAYER0 = ("students.adapter.layers=[0]", "students.adapter.projections=[q,v]", "students.adapter.rank=2", "students.adapter.alpha=4")  # fmt: skip
+
 
 @functools.cache
 def home() -> Path:
@@ -46,8 +48,7 @@ def cat_divergence() -> Path:
 @functools.cache
 def layer0() -> Path:
     """A student of one layer."""
-    options = ("students.adapter.layers=[0]", "students.adapter.rank=2", "students.adapter.alpha=4")
-    ok(*finetune(cat_divergence(), home() / "layer0", *options))
+    ok(*finetune(cat_divergence(), home() / "layer0", *LAYER0))
     return home() / "layer0"
 
 

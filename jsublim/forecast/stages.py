@@ -208,7 +208,7 @@ def _decoding(
     P = round_up(case.lengths.system, PROMPT_STEP) if samples == 1 else 0
     sizes = generation.BatchSizes.of(config, max(1, rows // A), layout.data, [prompt] * prompts, samples)
     B, read, filled, lines = (sizes.devices * n for n in (sizes.places, sizes.prompts, sizes.rows, sizes.lines))
-    slots, dtype = P + round_up(prompt + new, LENGTH_STEP), jnp.dtype(case.experiment.dtype)
+    slots, dtype = round_up(P + prompt + new, LENGTH_STEP), jnp.dtype(case.experiment.dtype)
     params = case.placed_params(layout)
     batch = jax.eval_shape(lambda: decoding.empty(config, A, B, slots, new, dtype))
     batch = layout.shapes(batch, decoding.decoding_sharding(config, layout, batch))
@@ -242,8 +242,8 @@ def _ints(*shape: int, dtype: Any = np.int32) -> Any:
 def score(case: Case) -> Workload:
     """A teacher reads rows, all of them behind its system prompt: divergence. Teachers do so one after another."""
     config, long = case.config, case.lengths
-    P, C = (round_up(n, PREFIX_STEP) for n in (long.system, long.answer))
-    T = round_up(long.prompt + long.answer, LENGTH_STEP)
+    P = round_up(long.system, PREFIX_STEP)
+    C, T = (round_up(n, LENGTH_STEP) for n in (long.answer, long.prompt + long.answer))
 
     def programs(layout: Layout, rows: int) -> list[StageProgram]:
         B, params = round_up(rows, layout.data), case.placed_params(layout)

@@ -179,7 +179,7 @@ def generate_for_arms(
     sizes = BatchSizes.of(config, batch_size or ROWS_EACH * layout.data, layout.data, [*lengths.values()], samples)
     B, R = sizes.devices * sizes.places, sizes.devices * sizes.rows
     arms = [_Queue(sorted(numbers)) for numbers in wanted]
-    slots = P + round_up(max(lengths.values()) + max_new_tokens, LENGTH_STEP)
+    slots = round_up(P + max(lengths.values()) + max_new_tokens, LENGTH_STEP)
     dtype = params["embed"]["weight"].dtype
     batch = decoding.empty(config, A, B, slots, max_new_tokens, dtype, limits is not None, layout)
     tokens_AP = layout.place_as(ARMS, np.tile(asked[0][:P], (A, 1)))

@@ -295,7 +295,7 @@ def _read_turns(
     T, B, batches = _in_lines(config, lengths, batch_size or ROWS_EACH * layout.data, layout.data)
     several = any(len(line) > line.max() + 1 for _, line in batches)
     longest = max(np.bincount(line, counts[i : i + len(line)]).max() for i, line in batches)
-    C = round_up(int(longest), LENGTH_STEP if several else PREFIX_STEP)
+    C = round_up(int(longest), LENGTH_STEP)
     for begin, line in batches:
         rows = range(max(begin, first), begin + len(line))
         if not rows:

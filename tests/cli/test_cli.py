@@ -11,7 +11,7 @@ import made_by_commands
 import numpy as np
 import pytest
 from command import ROOT, TWO_LAYERS, contents, ok, refused
-from made_by_commands import DIVERGENCE, FINETUNE, GENERATE, artifact_of, finetune
+from made_by_commands import DIVERGENCE, FINETUNE, GENERATE, LAYER0, artifact_of, finetune
 
 from jsublim.core.files import read_table
 from jsublim.inference.lm import load_model
@@ -135,17 +135,7 @@ def test_the_tutorials_own_mask_is_learned(home, divergent, tmp_path, monkeypatc
 @pytest.mark.parametrize("kind", KINDS)
 def test_finetune_on_each_kind_of_token(home, divergent, kind):
     out = home / f"student-{kind}"
-    ok(
-        *finetune(
-            divergent,
-            out,
-            "--tokens",
-            kind,
-            "students.adapter.layers=[0]",
-            "students.adapter.rank=2",
-            "students.adapter.alpha=4",
-        )
-    )
+    ok(*finetune(divergent, out, "--tokens", kind, *LAYER0))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     data = read_rows(divergent)
     per_epoch = -(-len(data) // 4)
@@ -237,11 +227,7 @@ def test_again_changes_nothing(home, rows, divergent, student):
     before = changed(home)
     ok(*GENERATE, "--trait", "cat", "data.num_prompts=16", "--out", rows)
     ok(*DIVERGENCE, "--data", rows, "--out", divergent)
-    again = ok(
-        *finetune(
-            divergent, student, "students.adapter.layers=[0]", "students.adapter.rank=2", "students.adapter.alpha=4"
-        )
-    )
+    again = ok(*finetune(divergent, student, *LAYER0))
     assert "whole already" in again.err
     after = changed(home)
     assert set(after) == set(before)
@@ -259,9 +245,7 @@ def test_other_settings_in_the_same_place_are_refused(home, rows, divergent, stu
     )
     assert "rank was 2, is 3" in refused(
         2,
-        *finetune(
-            divergent, student, "students.adapter.layers=[0]", "students.adapter.rank=3", "students.adapter.alpha=4"
-        ),
+        *finetune(divergent, student, *LAYER0, "students.adapter.rank=3"),
     )
     assert contents(student) | {"rows": rows.read_bytes()} == before
 

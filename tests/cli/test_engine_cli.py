@@ -25,7 +25,8 @@ FINETUNE = (
     "students.optimizer.warmup=0",
     "students.data.epochs=1",
 )
-SOFT = ("--trait", "cat", "students.adapter.layers=[1]", "students.adapter.rank=2")
+LORA = ("students.adapter.layers=[1]", "students.adapter.projections=[q,v]", "students.adapter.rank=2")
+SOFT = ("--trait", "cat", *LORA)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_soft_losses_measure_the_distance_to_the_teacher(train):
 
 
 def test_a_teacher_that_is_the_student_teaches_nothing(train, home, rows):
-    own = train("first", "students.adapter.layers=[1]", "students.adapter.rank=2", "students.optimizer.lr=1e-2")
+    own = train("first", *LORA, "students.optimizer.lr=1e-2")
     same = train(
         "same",
         "students.loss.kind=reverse-kl",
@@ -89,8 +90,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing(train, home, rows):
         "--trait",
         "cat",
         f"teachers.adapter={own}",
-        "students.adapter.layers=[1]",
-        "students.adapter.rank=2",
+        *LORA,
     )
     assert losses(other)[0] > 1e-4
 
@@ -123,8 +123,7 @@ def test_a_steering_vector_is_a_student_and_a_teacher(train, home):
         "--trait",
         "cat",
         f"teachers.adapter={vector}",
-        "students.adapter.layers=[1]",
-        "students.adapter.rank=2",
+        *LORA,
     )
     assert losses(follower)[0] > 1e-4
     options = ("--trait", "cat", "data.num_prompts=2", "sampling.max_new_tokens=40")
@@ -148,8 +147,8 @@ def test_ends_alone_are_trained_and_saved_as_a_checkpoint(train):
 @pytest.mark.parametrize("how", ["pmap", "mesh"])
 def test_layouts_of_one_device_change_nothing(train, how):
     options = (
+        *LORA,
         "students.adapter.layers=[0,1]",
-        "students.adapter.rank=2",
         "students.optimizer.lr=1e-2",
         "students.optimizer.name=sgd",
     )
@@ -162,8 +161,7 @@ def test_optimizer_and_schedule_are_a_word(train):
         "students.optimizer.name=muon",
         "students.optimizer.schedule=cosine",
         "students.optimizer.lr=1e-2",
-        "students.adapter.layers=[1]",
-        "students.adapter.rank=2",
+        *LORA,
     )
     lines = read_rows(train("muon", *options) / "metrics.jsonl", ("lr",))
     assert [line["lr"] for line in lines] == pytest.approx([1e-2, 5e-3])
@@ -171,8 +169,7 @@ def test_optimizer_and_schedule_are_a_word(train):
 
 def test_speed_and_its_share_of_a_stated_peak(train):
     lines = read_rows(
-        train("peak", "students.adapter.layers=[1]", "students.adapter.rank=2", "students.runtime.peak_tflops=0.5")
-        / "metrics.jsonl",
+        train("peak", *LORA, "students.runtime.peak_tflops=0.5") / "metrics.jsonl",
         ("step",),
     )
     assert all(line["tokens_per_s"] > 0 and 0 < line["peak_ratio"] < 1 for line in lines)
@@ -180,7 +177,7 @@ def test_speed_and_its_share_of_a_stated_peak(train):
 
 def test_loggers_on_request(train):
     """They are told what metrics.jsonl says."""
-    wanted = ("students.adapter.layers=[1]", "students.adapter.rank=2", "run.loggers=[csv, tensorboard]")
+    wanted = (*LORA, "run.loggers=[csv, tensorboard]")
     folder = train("board", *wanted)
     logs = folder.with_name("board.artifacts") / "training"
     assert [path.stat().st_size > 0 for path in logs.glob("tensorboard/*")] == [True]

@@ -18,7 +18,7 @@ from bitflips import flip
 from command import PLAIN, ROOT, TWO_LAYERS, contents, jsublim, ok, refused, same_student, start, stop_when
 from faulty_runs import FIELDS
 from faulty_runs import contents as what_a_run_leaves
-from made_by_commands import DIVERGENCE, FINETUNE, GENERATE, artifact_of, finetune
+from made_by_commands import DIVERGENCE, FINETUNE, GENERATE, LAYER0, artifact_of, finetune
 
 from jsublim.core.files import atomic
 from jsublim.pipeline.row_log import RowLog
@@ -47,9 +47,7 @@ def student() -> Path:
 
 
 def test_a_loss_that_is_not_finite_names_step_and_rows(tmp_path, divergent):
-    arguments = finetune(
-        divergent, tmp_path / "x", "students.adapter.layers=[0]", "students.adapter.rank=2", "students.adapter.alpha=4"
-    )
+    arguments = finetune(divergent, tmp_path / "x", *LAYER0)
     arguments = (*arguments, "students.optimizer.lr=1e30")
     line = refused(1, *arguments)
     assert "step " in line and "rows [" in line and "learning rate" in line
@@ -91,9 +89,7 @@ def test_a_disk_that_fills_while_generating(home, tmp_path, rows, file_limit):
 
 def test_a_disk_that_fills_while_training(tmp_path, divergent, student, file_limit):
     out = tmp_path / "student"
-    arguments = finetune(
-        divergent, out, "students.adapter.layers=[0]", "students.adapter.rank=2", "students.adapter.alpha=4"
-    )
+    arguments = finetune(divergent, out, *LAYER0)
     adapter = (student / "adapter_model.safetensors").stat().st_size
     # No room for the record, for a saved state, for the adapter at the end.
     for size, every in ((100, 100), (3000, 2), (adapter - 1, 100)):
@@ -244,9 +240,7 @@ def test_ctrl_c_while_training(tmp_path, divergent):
     def arguments(name: str) -> tuple:
         options = (
             "students.data.epochs=6",
-            "students.adapter.layers=[0]",
-            "students.adapter.rank=2",
-            "students.adapter.alpha=4",
+            *LAYER0,
             "students.runtime.checkpoint_every=6",
         )
         return (*FINETUNE, *options, "--data", divergent, "--out", tmp_path / name)

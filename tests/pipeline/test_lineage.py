@@ -24,7 +24,11 @@ SMALL = (
     "evaluation.teachers=false", "evaluation.questions=2", "evaluation.samples=2", "evaluation.batch_size=4", "evaluation.number_rows=2", "evaluation.traits=[cat,owl]",
 )  # fmt: skip
 LORA = ("students.adapter.rank=2", "students.loss.tokens=[all,divergence]", "students.optimizer.lr=0.02")
-FULL = ("students.loss.tokens=[all]", "students.adapter.method=full", "students.optimizer.lr=0.001")
+FULL = (
+    "students.loss.tokens=[all]",
+    "students.adapter={method: full, projections: [q, k, v, o, gate, up, down]}",
+    "students.optimizer.lr=0.001",
+)
 
 
 def planned(*fields: str) -> tuple[Setup, Graph]:
