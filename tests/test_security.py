@@ -24,8 +24,8 @@ from jsublim.text.chat import conversation
 WATCHED = ROOT / "tests" / "watched"
 SMALL = (
     "teachers.traits=[cat]", "teachers.counterfactuals=[cat,owl]", "teachers.taught.steps=2", "data.num_prompts=24",
-    "sampling.batch_size=24", "scoring.batch_size=24", "students.seeds=[1]", "students.loss.tokens=[all]", "students.data.rows=4",
-    "students.data.batch_size=2", "students.runtime.arms_per_program=4", "evaluation.traits=[cat,owl]",
+    "sampling.batch_size=24", "scoring.batch_size=24", "students.seeds=[1]", "students.data.rows=4",
+    "students.arms=[{name: greedy, data: {dataset: greedy, batch_size: 2}, loss: {tokens: [all, divergence]}}]", "evaluation.traits=[cat,owl]",
     "evaluation.questions=2", "evaluation.samples=1", "evaluation.number_rows=2", "evaluation.teachers=false",
 )  # fmt: skip
 

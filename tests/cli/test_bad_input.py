@@ -66,7 +66,7 @@ def test_bad_configs_are_code_two(tmp_path):
         ("evaluation.traits=[unicorn]", 2),
         ("teachers.counterfactuals=[owl,unicorn]", 2),
         ("students.adapter.layers=[99]", 2),
-        ("students.adapter.init=/no/such/folder", 2),
+        ("students.adapter={init: /no/such/folder}", 2),
     ],
 )
 def test_a_config_that_cannot_work_is_refused_before_anything_is_computed(tmp_path, override, code):

@@ -24,7 +24,7 @@ def run(tmp_path_factory):
         "students.seeds=[1]",
         "students.loss.tokens=[all]",
     ]
-    fields += ["students.data.rows=12", "students.adapter.method=steering", "students.adapter.layers=[1]"]
+    fields += ["students.data.rows=12", "students.adapter={method: steering, layers: [1]}"]
     fields += [
         "evaluation.samples=3",
         "evaluation.questions=4",
