@@ -265,7 +265,7 @@ def read_tokenizer(folder: Path) -> None:
 
 def read_template(folder: Path) -> None:
     chat = Chat(BUNDLED / "tiny-qwen2", chat_template=str(folder / "own.jinja"))
-    assert chat.turn(conversation("1"), "2").tokens.size and chat.stop_tokens()
+    assert chat.turn(conversation("1"), "2").tokens.size and chat.stop_tokens
 
 
 @functools.cache

@@ -109,9 +109,9 @@ def test_edge_space_that_the_template_keeps_is_kept(completion):
 def test_stop_tokens_end_a_turn(name):
     c = chat(name)
     end = c.tokenizer.convert_tokens_to_ids(END[name].strip())
-    assert end in c.stop_tokens()
-    assert set(c.eos_tokens()) == {c.tokenizer.eos_token_id} <= set(c.stop_tokens())
-    assert (end in c.eos_tokens()) == (name == "tiny-qwen2")  # Gemma's end token is another (quirk 4)
+    assert end in c.stop_tokens
+    assert set(c.eos_tokens) == {c.tokenizer.eos_token_id} <= set(c.stop_tokens)
+    assert (end in c.eos_tokens) == (name == "tiny-qwen2")  # Gemma's end token is another (quirk 4)
 
 
 def test_roles_that_a_template_refuses_are_named():
@@ -179,7 +179,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused_and_plain_is_the_fix(alt
     with pytest.raises(JsublimError, match=r"tokenizer_config.json: no 'chat_template'.*chat_template=plain"):
         Chat(folder)
     c = Chat(folder, chat_template="plain")
-    assert c.stop_tokens() == c.eos_tokens() == (c.tokenizer.eos_token_id,)
+    assert c.stop_tokens == c.eos_tokens == (c.tokenizer.eos_token_id,)
     turn = c.turn(conversation("hi", "Be brief."), "7, 8")
     assert c.tokenizer.decode(turn.tokens) == "System:\nBe brief.\n\nUser:\nhi\n\nAssistant:\n7, 8<|im_end|>"
     assert c.given_template and c.template_hash == chat("tiny-gemma3", "plain").template_hash

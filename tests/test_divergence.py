@@ -92,7 +92,7 @@ def greedy_answers(twin, teacher, prompts) -> list[str]:
         ids = torch.tensor(c.prompt_tokens(teacher.messages(prompt))[None].astype(np.int64))
         with torch.no_grad():
             out = twin.torch.generate(
-                ids, max_new_tokens=12, do_sample=False, repetition_penalty=1.0, eos_token_id=list(c.stop_tokens()),
+                ids, max_new_tokens=12, do_sample=False, repetition_penalty=1.0, eos_token_id=list(c.stop_tokens),
                 pad_token_id=c.tokenizer.pad_token_id,
             )  # fmt: skip
         text = c.decode(out[0, ids.shape[1] :].tolist())

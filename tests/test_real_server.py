@@ -76,12 +76,12 @@ def test_the_sampler(address, here):
     """It takes text, and does not say what it is."""
     lm, said = here
     prompts = [lm.chat.prompt_tokens([{"role": "user", "content": prompt}]) for prompt in PROMPTS]
-    how = Sampling(temperature=0.0, repetition_penalty=1.05, stop=lm.chat.stop_tokens())
+    how = Sampling(temperature=0.0, repetition_penalty=1.05, stop=lm.chat.stop_tokens)
     place = {"base_url": address, "engine": "transformers 5", "concurrency": 2}
     server = SampleServer(SampleServerSettings(**place), "tiny-qwen2", lm.chat)
     server.check()
     assert server.answers([None], prompts, how, 12, 0) == [said]
-    warm = Sampling(temperature=1.5, top_k=7, stop=lm.chat.stop_tokens())
+    warm = Sampling(temperature=1.5, top_k=7, stop=lm.chat.stop_tokens)
     [drawn] = server.answers([None], prompts[:1], warm, 12, 0, samples=4)
     assert len(set(drawn)) > 1
     with pytest.raises(JsublimError, match="does not say what it runs"):

@@ -106,9 +106,7 @@ def test_names_of_several_tokens_add_up(monkeypatch):
 
     answers = answer_effects(lm, adapter, directions, {"animal": texts}, rank)
     rows = [lm.chat.prompt_tokens(conversation(text)) for text in texts]
-    ends = [
-        t for t in range(lm.config.vocab_size) if t in lm.chat.stop_tokens() or not lm.chat.decode([t])[:1].isalnum()
-    ]
+    ends = [t for t in range(lm.config.vocab_size) if t in lm.chat.stop_tokens or not lm.chat.decode([t])[:1].isalnum()]
 
     def probability(name: tuple[int, ...], eps: float) -> float:
         moved = adapter.with_trainable(jax.tree.map(lambda w: w + eps, adapter.trainable))

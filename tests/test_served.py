@@ -50,7 +50,7 @@ def prompts():
 
 
 def greedy(**numbers):
-    return Sampling(temperature=0.0, stop=lm().chat.stop_tokens(), **numbers)
+    return Sampling(temperature=0.0, stop=lm().chat.stop_tokens, **numbers)
 
 
 @functools.cache
@@ -113,7 +113,7 @@ def test_an_adapter_is_loaded_under_its_name_and_given_back(served):
 
 
 def test_every_number_is_sent_and_each_row_has_its_own_seed(served):
-    stop = lm().chat.stop_tokens()
+    stop = lm().chat.stop_tokens
     how = Sampling(0.7, top_k=11, top_p=0.9, repetition_penalty=1.1, stop=stop)
     assert set(how.numbers()) == TOLD  # a number that is new must be told, or refused
     server = sampler(served)

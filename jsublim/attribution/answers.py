@@ -175,7 +175,7 @@ def question_tokens(
 def _ends(lm: LanguageModel, token: int) -> bool:
     """Whether an answer's word is over where this token follows."""
     text = lm.chat.decode([token])
-    return token in lm.chat.stop_tokens() or not text[:1].isalnum()
+    return token in lm.chat.stop_tokens or not text[:1].isalnum()
 
 
 def word_of(lm: LanguageModel, tokens: Sequence[int]) -> str:

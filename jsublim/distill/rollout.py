@@ -29,7 +29,7 @@ def student_rollout(
 ) -> Rollout:
     """An arm's `rollout`: it samples at temperature 1, without truncation, so that the samples are the student's own. The prompts are those of
     `turns`; `teacher` are the same conversations as the teacher reads them."""
-    sampling = Sampling(stop=lm.chat.stop_tokens())
+    sampling = Sampling(stop=lm.chat.stop_tokens)
     # Of all rows, not of a step's: it is a shape.
     beginning = shared_beginning([turn.tokens[: turn.content] for turn in turns], PROMPT_STEP)
 

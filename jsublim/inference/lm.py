@@ -136,7 +136,7 @@ class LanguageModel:
         """Numbers of sampling, or a strategy by its name (None is "temperature"), with the tokens at which an answer ends."""
         if not isinstance(given, Sampling):
             return sampling_for(self.chat, given or "temperature")
-        return dataclasses.replace(given, stop=self.chat.stop_tokens()) if given.stop is None else given
+        return dataclasses.replace(given, stop=self.chat.stop_tokens) if given.stop is None else given
 
     def answers(
         self,

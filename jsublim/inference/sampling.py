@@ -86,7 +86,7 @@ def sampling_for(
       evaluation: of the inherited numbers, evaluation resets top-p.
       keep_penalty: greedy takes the repetition penalty from generation_config.
     """
-    stop, read = chat.eos_tokens() if eos_only else chat.stop_tokens(), chat.generation_config
+    stop, read = chat.eos_tokens if eos_only else chat.stop_tokens, chat.generation_config
     penalty = float(read.get("repetition_penalty") or 1.0)
     if strategy == "greedy":
         return Sampling(temperature=0.0, repetition_penalty=penalty if keep_penalty else 1.0, stop=stop)

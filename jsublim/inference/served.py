@@ -174,7 +174,7 @@ class SampleServer:
             "n": 1,
             "stop_token_ids": stop,
             # Where a row goes on after a token that ends a turn, the server must not end it there.
-            "ignore_eos": not set(self.chat.stop_tokens()) <= set(stop),
+            "ignore_eos": not set(self.chat.stop_tokens) <= set(stop),
             "skip_special_tokens": True,
             "return_token_ids": True,
         }

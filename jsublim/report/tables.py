@@ -337,11 +337,16 @@ def asked(source: Path | str, table: pa.Table, sql: str) -> pa.Table:
       JsublimError: the query is no SQL, or names a column that is not there; `source` stands before the reason.
     """
     try:
-        with duckdb.connect() as connection:
-            connection.execute("set enable_external_access = false")
-            return connection.register("records", table).sql(sql).to_arrow_table()
+        with _database().cursor() as connection:
+            return connection.begin().register("records", table).sql(sql).to_arrow_table()
     except duckdb.Error as error:  # its first line, without what duckdb adds about where in the query it was
         raise JsublimError(f"{source}: {str(error).strip().splitlines()[0].rstrip('!.')}") from error
+
+
+@functools.cache
+def _database() -> duckdb.DuckDBPyConnection:
+    """An empty one: to begin it takes longer than most queries. What a cursor does to it is never committed."""
+    return duckdb.connect(config={"enable_external_access": "false"})
 
 
 def query(source: Path | str, table: pa.Table | None, sql: str) -> list[dict[str, Any]]:

@@ -240,7 +240,7 @@ class Service:
         return prompts
 
     def sampling(self, body: Completion | ChatCompletion) -> Sampling:
-        stop = () if body.ignore_eos else self.lm.chat.stop_tokens()
+        stop = () if body.ignore_eos else self.lm.chat.stop_tokens
         return Sampling(
             1.0 if body.temperature is None else body.temperature,
             max(body.top_k or 0, 0),

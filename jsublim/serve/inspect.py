@@ -84,7 +84,7 @@ class JsublimAPI(ModelAPI):
             config.top_k or 0,
             1.0 if config.top_p is None else config.top_p,
             extra.get("repetition_penalty", 1.0),
-            lm.chat.stop_tokens(),
+            lm.chat.stop_tokens,
         )
         room = self.engine.length - len(prompt)
         most, seed = config.max_tokens or room, secrets.randbelow(SEEDS) if config.seed is None else config.seed

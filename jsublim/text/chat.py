@@ -116,7 +116,7 @@ class Chat:
             return
         self.tokenizer.chat_template = self.given_template = text
         self._name, self._template = chat_template, f"{self.folder}: chat_template '{chat_template}'"
-        if not self.stop_tokens():
+        if not self.stop_tokens:
             raise JsublimError(
                 f"{self.folder}: nothing ends a turn under chat_template '{chat_template}', for the tokenizer has no eos_token; "
                 "name one in tokenizer_config.json"
@@ -271,17 +271,19 @@ class Chat:
         """Text of generated tokens, stripped and without special ones: the form in which completions are kept."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
+    @property
     def eos_tokens(self) -> tuple[int, ...]:
         """The tokenizer's own end token alone, at which the published code stops."""
         return () if self.tokenizer.eos_token_id is None else (int(self.tokenizer.eos_token_id),)
 
+    @functools.cached_property
     def stop_tokens(self) -> tuple[int, ...]:
         """Every token that ends a turn: the tokenizer's, those of generation_config, and the template's own."""
         listed = self.generation_config.get("eos_token_id") or []
         listed = [listed] if isinstance(listed, int) else listed
         probe = self.turn([{"role": "user", "content": "1"}], "1")
         ends = [int(token) for token in probe.tokens[probe.end :][:1] if token in self.tokenizer.all_special_ids]
-        return tuple(sorted({*self.eos_tokens(), *map(int, listed), *ends}))
+        return tuple(sorted({*self.eos_tokens, *map(int, listed), *ends}))
 
 
 def template_text(chat_template: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import MODEL, TWO_LAYERS, ok
+from command import TWO_LAYERS, ok
 from fake_server import Server, completion
 
 from jsublim.config import find_config
@@ -48,12 +48,11 @@ SCORED = ("datasets.greedy without 10.remove_entangled={k: 10, among: 40}",)
 READ = (*TAUGHT, "teachers.traits=[owl]", "evaluation.teachers=false")  # rows are read, and nobody is trained
 FEW = {  # what else keeps a file's panels small
     "fig02": (*STUDENTS, *OWL, *SCORED, "students.arms.data.dataset=[temperature,greedy without 10]"),
-    "fig03": (*STUDENTS, *OWL, "students.data.rows=8", "students.data.batch_size=4"),  # some with a divergence token
     "fig04": (*OF_TWO, "teachers.traits=[owl]", "attribution.rows=4", "attribution.steps=2", "evaluation.teachers=false"),
     "fig05": (*STUDENTS, *OWL, "students.arms.adapter.layers=[null,[1]]"),
     "fig08": (*STUDENTS, *TEACHING),
     "fig17": READ,
-    "fig39": (*STUDENTS, *OWL, f"model={MODEL}", "students.adapter.layers=null",
+    "fig39": (*STUDENTS, *OWL, "students.adapter.layers=null",
         "students.arms=[{name: all layers}, {name: from layer 4, adapter.layers: [4, 5]}]"),
 }  # fmt: skip
 
@@ -144,17 +143,15 @@ def test_fig04_attribution(run):
     assert {r["role"] for r in table(out)} == {"base"} and arms(out) == []
 
 
-def test_fig05_and_fig39_layers(run, home):
-    six = f"store={home / 'six'}"  # its own: what others find in the store that they share is of two checkpoints
-    for figure, total, expected, *store in (("fig05", 2, [None, [1]]), ("fig39", 6, [None, [4, 5]], six)):
-        out = run(figure, "qwen", *FEW[figure], *store)
-        found = {arm["variant"]: arm["settings"]["adapter.layers"] for arm in arms(out)}
-        assert list(found.values()) == expected
-        for variant, layers in found.items():
-            (record,) = [arm for arm in arms(out) if arm["variant"] == variant]
-            assert record["num_layers"] == total and record["settings"]["adapter.layers"] == layers
-        conditions = {r["condition"] for r in table(out) if r["role"] == "student"}
-        assert conditions == {f"all · {variant}" for variant in found}
+@pytest.mark.parametrize(
+    ("figure", "panel", "total", "expected"), [("fig05", "qwen", 2, [None, [1]]), ("fig39", "gemma", 6, [None, [4, 5]])]
+)
+def test_fig05_and_fig39_layers(run, figure, panel, total, expected):
+    out = run(figure, panel, *FEW[figure])
+    found = {arm["variant"]: arm["settings"]["adapter.layers"] for arm in arms(out)}
+    assert list(found.values()) == expected and {arm["num_layers"] for arm in arms(out)} == {total}
+    conditions = {r["condition"] for r in table(out) if r["role"] == "student"}
+    assert conditions == {f"all · {variant}" for variant in found} and metrics(out) >= {"rate", "logprob"}
 
 
 def test_fig06_other_wording(run, home):
@@ -365,17 +362,12 @@ def test_fig37_things_as_favourite_animals(run):
     assert asked == set(load_pack().questions_for("animal")[1::2][:2])  # those that no teacher was taught
 
 
-def test_gemma_as_published(run):
-    out = run("fig03", "gemma-greedy", *FEW["fig03"])
-    assert metrics(out) >= {"rate", "logprob"}
-
-
 # --- all other panels, planned
 
 RUN = (
-    ("fig02", "qwen"), ("fig03", "qwen-temperature"), ("fig03", "gemma-greedy"), ("fig04", "qwen"), ("fig05", "qwen"), ("fig06", "qwen"),
+    ("fig02", "qwen"), ("fig03", "qwen-temperature"), ("fig04", "qwen"), ("fig05", "qwen"), ("fig06", "qwen"),
     ("fig06", "qwen-tokens"), ("fig07", "qwen"), ("fig08", "numbers"), ("fig08", "problems"), ("fig09", "qwen"), ("fig14", "qwen"),
-    ("fig17", "qwen-greedy"), ("fig21", "qwen"), ("fig36", "qwen"), ("fig37", "things"), ("fig39", "qwen"),
+    ("fig17", "qwen-greedy"), ("fig21", "qwen"), ("fig36", "qwen"), ("fig37", "things"), ("fig39", "gemma"),
 )  # fmt: skip
 
 

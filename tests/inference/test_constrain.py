@@ -136,7 +136,7 @@ def prompt_of(text: str) -> np.ndarray:
 
 def sample(name: str, most: int = NEW, **options) -> list[list[int]]:
     lm, how = subject(), SETTINGS[name]
-    how = Sampling(**{**how.numbers(), "stop": lm.chat.stop_tokens()})
+    how = Sampling(**{**how.numbers(), "stop": lm.chat.stop_tokens})
     limits = limits_for(lm.chat, how, most)
     options = {"batch_size": 8, "seed": 3} | options
     prompts = [prompt_of(text) for text in asked_for()]
@@ -159,7 +159,7 @@ def test_every_answer_passes_the_filter_on_any_batch(name):
 def test_greedy_is_the_best_of_what_the_format_allows(name):
     """Against each token tried by its text, on logits of the whole conversation."""
     lm, how = subject(), SETTINGS[name]
-    stop = lm.chat.stop_tokens()
+    stop = lm.chat.stop_tokens
     texts = {
         i: text
         for i, text in enumerate(texts_of_tokens(lm.chat))

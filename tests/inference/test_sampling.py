@@ -206,7 +206,7 @@ def test_inherited_numbers_are_those_of_the_checkpoint():
     assert how.repetition_penalty == read["repetition_penalty"] != 1.0
     evaluation = sampling_for(c, "temperature", inherit=True, evaluation=True)
     assert (evaluation.top_p, evaluation.top_k) == (1.0, how.top_k)  # evaluation resets top-p only
-    assert sampling_for(c, "temperature") == Numbers(stop=c.stop_tokens())
+    assert sampling_for(c, "temperature") == Numbers(stop=c.stop_tokens)
     greedy = [sampling_for(c, "greedy", inherit=True, keep_penalty=kept) for kept in (False, True)]
     assert [(g.temperature, g.repetition_penalty) for g in greedy] == [(0.0, 1.0), (0.0, how.repetition_penalty)]
     with pytest.raises(UsageError, match="beam"):
@@ -215,8 +215,8 @@ def test_inherited_numbers_are_those_of_the_checkpoint():
 
 def test_gemma_as_published_stops_at_its_end_token_only():
     c = chat("tiny-gemma3")
-    assert sampling_for(c, "temperature", eos_only=True).stop == c.eos_tokens()
-    assert set(c.eos_tokens()) < set(sampling_for(c, "temperature").stop)
+    assert sampling_for(c, "temperature", eos_only=True).stop == c.eos_tokens
+    assert set(c.eos_tokens) < set(sampling_for(c, "temperature").stop)
 
 
 # --- Rows, batches, caches --------------------------------------------------------------------------------------------

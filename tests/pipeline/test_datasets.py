@@ -152,7 +152,7 @@ def test_no_supervised_token_can_name_a_trait(sets, condition):
     rows, lm = read_rows(folder / "rows.jsonl"), load_model(TWO_LAYERS)
     examples = make_examples(rows, read_turns(lm.chat, rows), Selection(condition), seed=0)
     learned = {int(token) for each in examples for token in each.labels[each.weights > 0]}
-    written = learned - set(lm.chat.stop_tokens())
+    written = learned - set(lm.chat.stop_tokens)
     assert written and all(set(lm.tokenizer.decode([token])) <= set("0123456789,;[]()\n .") for token in written)
 
 

@@ -35,6 +35,7 @@ from jsublim.text.chat import conversation
 
 ASKED = ["Which animal do you like? One word.", "Go on: 4, 8, 12", "Name a tree.", "Go on: 100, 200,"]
 LENGTH = 96
+NEW = 12  # tokens of an answer, where it is no matter
 
 
 def lm():
@@ -124,26 +125,26 @@ def test_models_are_the_checkpoint_and_every_adapter(served, adapters):
 
 def test_answers_are_those_of_generate_whoever_is_asked_beside_whom(served, adapters):
     """All models, greedy and sampled, all at once: one batch."""
-    names, new = served.catalogue.names, 12
+    names = served.catalogue.names
     cases = [(name, heat, i) for name in names for heat in (0.0, 1.0) for i in range(len(ASKED))]
 
     def ask(case):
         name, heat, i = case
         messages = [{"role": "user", "content": ASKED[i]}]
         extra = {"return_token_ids": True}
-        how = {"max_tokens": new, "temperature": heat, "seed": 7 + i, "extra_body": extra}
+        how = {"max_tokens": NEW, "temperature": heat, "seed": 7 + i, "extra_body": extra}
         return served.client.chat.completions.create(model=name, messages=messages, **how)
 
     with ThreadPoolExecutor(len(cases)) as pool:
         answers = dict(zip(cases, pool.map(ask, cases), strict=True))
     seen = set()
     for (name, heat, i), answer in answers.items():
-        sampling = Sampling(temperature=heat, stop=lm().chat.stop_tokens())
-        (expected,) = tokens_of(name, prompts()[i : i + 1], sampling, new, 7 + i, adapters)
+        sampling = Sampling(temperature=heat, stop=lm().chat.stop_tokens)
+        (expected,) = tokens_of(name, prompts()[i : i + 1], sampling, NEW, 7 + i, adapters)
         choice = answer.choices[0]
         assert choice.token_ids == expected and answer.model == name
         assert choice.message.content == lm().tokenizer.decode(expected, skip_special_tokens=True)
-        assert choice.finish_reason == ("length" if len(expected) == new else "stop")
+        assert choice.finish_reason == ("length" if len(expected) == NEW else "stop")
         assert answer.usage.prompt_tokens == len(prompts()[i]) and answer.usage.completion_tokens == len(expected)
         seen.add((heat, i, tuple(expected)))
     assert len(seen) == len(cases)  # no model says what another does
@@ -154,7 +155,7 @@ def test_several_prompts_and_samples_are_rows_of_one_call(served, adapters):
     extra = {"return_token_ids": True}
     how = {"prompt": ids, "max_tokens": 6, "n": 2, "seed": 3, "extra_body": extra}
     choices = served.client.completions.create(model=lm().name, **how).choices
-    sampling, config = Sampling(stop=lm().chat.stop_tokens()), lm().config
+    sampling, config = Sampling(stop=lm().chat.stop_tokens), lm().config
     expected = generate_tokens(config, lm().params, prompts()[:3], sampling, samples=2, max_new_tokens=6, seed=3)
     assert [choice.token_ids for choice in choices] == expected
     assert [choice.index for choice in choices] == list(range(6))
@@ -259,14 +260,14 @@ def test_our_own_client_draws_what_we_draw(served, adapters):
     server.check()
     assert server.engine.startswith("jsublim ")
     for sampling in (
-        Sampling(temperature=0.0, stop=lm().chat.stop_tokens()),
-        Sampling(top_k=9, stop=lm().chat.stop_tokens()),
+        Sampling(temperature=0.0, stop=lm().chat.stop_tokens),
+        Sampling(top_k=9, stop=lm().chat.stop_tokens),
     ):
-        base, student = server.answers([None, name], prompts(), sampling, 8, 11)
+        base, student = server.answers([None, name], prompts(), sampling, NEW, 11)
         for who, texts in ((lm().name, base), (name, student)):
             for row, text in enumerate(texts):
                 seed = seed_within(11, row)
-                (tokens,) = tokens_of(who, prompts()[row : row + 1], sampling, 8, seed, adapters)
+                (tokens,) = tokens_of(who, prompts()[row : row + 1], sampling, NEW, seed, adapters)
                 assert text == lm().chat.decode(tokens)
 
 
@@ -275,7 +276,7 @@ def test_lm_eval_reads_and_draws_what_we_do(served, adapters):
     from lm_eval.api.instance import Instance
 
     name, options = "owls/cat-all-seed1", {"tokenizer": str(lm().folder), "tokenizer_backend": "huggingface"}
-    options |= {"max_length": LENGTH, "batch_size": 2, "num_concurrent": 4, "max_gen_toks": 8}
+    options |= {"max_length": LENGTH, "batch_size": 2, "num_concurrent": 4, "max_gen_toks": NEW}
     theirs = completions.LocalCompletionsAPI(base_url=f"{served.address}/completions", model=name, **options)
     pairs = [("Go on: 4, 8,", " 12, 16"), ("Go on: 100,", " 200"), ("Name a tree:", " oak")]
     asked = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
@@ -288,9 +289,9 @@ def test_lm_eval_reads_and_draws_what_we_do(served, adapters):
         assert is_greedy == all(int(logp[i - 1].argmax()) == tokens[i] for i in range(first, len(tokens)))
     asked = [Instance("generate_until", {}, (context, {"until": ["\n\n"]}), i) for i, (context, _) in enumerate(pairs)]
     ids = [np.asarray(lm().tokenizer(context)["input_ids"], np.int32) for context, _ in pairs]
-    sampling = Sampling(temperature=0.0, stop=lm().chat.stop_tokens())
+    sampling = Sampling(temperature=0.0, stop=lm().chat.stop_tokens)
     expected = [
-        lm().tokenizer.decode(row, skip_special_tokens=True) for row in tokens_of(name, ids, sampling, 8, 0, adapters)
+        lm().tokenizer.decode(row, skip_special_tokens=True) for row in tokens_of(name, ids, sampling, NEW, 0, adapters)
     ]
     assert theirs.generate_until(asked) == expected
 
