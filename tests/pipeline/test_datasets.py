@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from signal import SIGKILL
 
@@ -89,12 +90,13 @@ def test_a_changed_set_is_named_by_its_parents(sets):
 
 
 def test_a_second_run_makes_nothing_anew_and_another_seed_only_what_hangs_on_it(home, sets):
-    before = marks(sets)
-    ok(*arguments(sets, "{data.dataset: [null, within, parts]}"))
-    assert marks(sets) == before
-    ok(*arguments(home / "seed", "{data.dataset: [within]}", f"store={sets / 'artifacts'}", "datasets.within.seed=5"))
-    new = {name.split("/")[1] for name in marks(sets).keys() - before.keys()}
-    assert new == {"datasets", "students", "evaluations"} and marks(sets).items() >= before.items()
+    run = shutil.copytree(sets, home / "again")
+    before = marks(run)
+    ok(*arguments(run, "{data.dataset: [null, within, parts]}"))
+    assert marks(run) == before
+    ok(*arguments(home / "seed", "{data.dataset: [within]}", f"store={run / 'artifacts'}", "datasets.within.seed=5"))
+    new = {name.split("/")[1] for name in marks(run).keys() - before.keys()}
+    assert new == {"datasets", "students", "evaluations"} and marks(run).items() >= before.items()
 
 
 def test_killed_between_two_stages_and_continued(home, sets):
