@@ -6,7 +6,7 @@ supported() {
   "$1" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null
 }
 
-# The fastest of one name: one that was built without optimizations takes half as long again for all that Python does.
+# The fastest of one name: one that was built without optimizations is slower at all that Python does itself.
 fastest() {
   { type -aP "$1" || true; } | while read -r path; do
     if supported "$path"; then
