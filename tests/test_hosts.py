@@ -39,8 +39,7 @@ def as_left(url: str, results: Path, target: Path) -> Path:
 
 @pytest.mark.parametrize(("mode", "place"), [("mesh", "hub"), ("pmap", "bucket")])
 def test_hosts_that_share_a_bucket(alone, s3, tmp_path, monkeypatch, mode, place):
-    """On a mesh one of them is killed at a moment, both drawn anew; the same command ends with what one process leaves. The first alone fetches the
-    weights."""
+    """One of them is killed at a moment, both drawn anew; the same command ends with what one process leaves. The first alone fetches the weights."""
     url, hosts, seed = s3(), tmp_path / "hosts", random.randrange(10**6)
     draw = random.Random(seed)
     print(f"seed {seed}")
@@ -60,13 +59,12 @@ def test_hosts_that_share_a_bucket(alone, s3, tmp_path, monkeypatch, mode, place
             for name, content in files.items():
                 fsspec.filesystem("s3").pipe_file(f"{model}/{name}", content)
         both = command(Path("run"), f"run.parallel={mode}", f"store={url}", "run.time_out=10", f"model={model}")
-        if mode == "mesh":
-            with together(1, *both, hosts=hosts) as children:
-                wait_for(children, lambda: finished() >= moment)
-                children[which].kill()
-                (code,), (heard,) = ends([children[1 - which]])
-            assert code == 1 and "Traceback" not in heard, heard
-            assert f"process {which} gives no sign of life" in heard.splitlines()[-1]
+        with together(1, *both, hosts=hosts) as children:
+            wait_for(children, lambda: finished() >= moment)
+            children[which].kill()
+            (code,), (heard,) = ends([children[1 - which]])
+        assert code == 1 and "Traceback" not in heard, heard
+        assert f"process {which} gives no sign of life" in heard.splitlines()[-1]
         run_together(1, *both, hosts=hosts)
         fetched = [path for method, path in hub.asked if method == "GET" and path.endswith(".safetensors")]
     for path in (left := as_left(url, hosts / "0" / "run", tmp_path / "left")).rglob("adapter_config.json"):

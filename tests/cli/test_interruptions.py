@@ -289,12 +289,15 @@ def test_two_runs_started_together_in_one_folder_share_the_work(tmp_path, alone)
     assert lines[0] == lines[1]
 
 
-@pytest.mark.parametrize("how", ["alike", "shards"])
+@pytest.mark.parametrize("how", ["alike", "shards", "one cache"])
 def test_two_machines_started_together_on_one_bucket(tmp_path, alone, s3, monkeypatch, how):
-    """With the same command both may make the same; the first that is whole counts. Shards share the work, here from one cache."""
+    """With the same command both may make the same; the first that is whole counts. Shards share the work, and so do two runs of one
+    machine."""
     url, made = s3(), tmp_path / "made"
-    cache = {"alike": "{}-cache", "shards": "cache"}[how]
-    own = [(f"out={tmp_path / name}", f"store_cache={tmp_path / cache.format(name)}") for name in "ab"]
+    caches = ["cache", "cache"] if how == "one cache" else ["a-cache", "b-cache"]
+    own = [
+        (f"out={tmp_path / name}", f"store_cache={tmp_path / cache}") for name, cache in zip("ab", caches, strict=True)
+    ]
     own = [(*fields, *(["--shard", f"{i}/2"] if how == "shards" else [])) for i, fields in enumerate(own)]
     started_together(made, *[("run", PLAIN, f"store={url}", *fields) for fields in own], once=how != "alike")
     if how == "shards":  # whoever ended first has no report yet
