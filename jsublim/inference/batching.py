@@ -16,6 +16,7 @@ from jsublim.models.decoder import parameter_count
 from jsublim.models.parallel import SHARE
 
 LENGTH_STEP = 32  # tokens of prompts and conversations
+CACHE_STEP = 64  # tokens that a row of a cache has room for
 PROMPT_STEP = 16  # tokens that all prompts of a sampling begin with, and of the lines that they stand in
 PREFIX_STEP = 8  # tokens of a shared prefix, and of completions that are scored
 TRAINING_STEP = 16  # tokens of rows that are trained on, and their supervised positions
@@ -57,6 +58,14 @@ def round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
+def bucket(n: int, least: int, most: int, by: int = 2) -> int:
+    """The smallest of least, least x by, ... that is not below `n`, or `most`: few shapes are few programs."""
+    size = least
+    while size < n:
+        size *= by
+    return max(n, min(size, most))
+
+
 def chunks(count: int, size: int) -> Iterator[slice]:
     """`count` rows in batches of at most `size`."""
     return (slice(first, min(first + size, count)) for first in range(0, count, size))
@@ -82,7 +91,7 @@ def in_lines(lengths: np.ndarray, tokens: int, most: int, devices: int = 1) -> t
     most about `most` and divisible by the devices, and the batches. Few rows have a line each: what they would save is less than the
     compilation of another shape."""
     if len(lengths) <= FEW_LINES:
-        most = min(most, len(lengths))
+        most = bucket(min(most, len(lengths)), 1, most)
         return round_up(most, devices), [(p.start, np.arange(p.stop - p.start)) for p in chunks(len(lengths), most)]
     some = lengths[:MOST_ROWS]
     needed = lines_needed(some, tokens) * len(lengths) / len(some)

@@ -6,7 +6,7 @@ batch it is in nor on when it got there (up to ties within float rounding). On s
 arm's rows: places, their caches and the prompts that are read into them are on one device each, and all that devices tell one
 another is how many rows have ended.
 
-Letters as in `models/layers.py`; A arms, N tokens that a row may draw, n prompts that are read at once, in l lines, P tokens that
+Letters as in `models/layers.py`; A arms, N tokens that there is room for, n prompts that are read at once, in l lines, P tokens that
 all prompts begin with.
 """
 
@@ -49,17 +49,15 @@ class Decoding(NamedTuple):
     drawn: Array  # int32 [B], tokens drawn
     done: Array  # bool [B], also of a place without a row
     keys: Array  # uint32 [B, 2], the data of each row's key
-    out: Array  # int32 [B, N], the tokens drawn, -1 from the stop token on
+    out: Array  # int32 [B, N], the tokens drawn, -1 from the stop token on; as wide as the cache, so that no number of tokens is a program
     within: Within | None = None  # where rows are in their format; None where they are kept in none
 
 
-@functools.partial(jax.jit, static_argnames=("config", "arms", "rows", "slots", "new", "dtype", "limited", "layout"))
+@functools.partial(jax.jit, static_argnames=("config", "arms", "rows", "slots", "dtype", "limited", "layout"))
 def empty(
-    config: ModelConfig, arms: int, rows: int, slots: int, new: int, dtype: Any, limited: bool = False,
-    layout: Layout = HERE,
-) -> Decoding:  # fmt: skip
-    """A batch without rows, for rows of at most `slots` tokens of which `new` are drawn; `limited` to a format, or not."""
-    decoder.check_length(config, slots)
+    config: ModelConfig, arms: int, rows: int, slots: int, dtype: Any, limited: bool = False, layout: Layout = HERE
+) -> Decoding:
+    """A batch without rows, for rows of at most `slots` tokens; `limited` to a format, or not."""
     widths = [min(config.local.window, slots) if local else slots for local in config.is_local]
 
     def zeros(*shape: int, dtype: Any = jnp.int32) -> Array:
@@ -76,7 +74,7 @@ def empty(
         drawn=zeros(),
         done=jnp.ones((arms, rows), bool),
         keys=zeros(*jax.random.key_data(jax.random.key(0)).shape, dtype=jnp.uint32),
-        out=zeros(new) - 1,
+        out=zeros(slots) - 1,
         within=Within(zeros(), zeros(dtype=jnp.float32)) if limited else None,
     )
     return _laid(config, layout, batch)
@@ -242,19 +240,21 @@ def advance(
     how: dict[str, Array],
     stop_E: Array,
     enough_A: Array,
+    new: Array | int,
     limits: Limits | None = None,
     layout: Layout = HERE,
     turns: Array | int = MOST_TURNS,
     cut: bool = True,
 ) -> Decoding:
-    """The batch after as many tokens as it takes until `enough_A` places of some arm are done, or all are; at most `turns` each. `how` has the
-    numbers of `Sampling`, `[B]`, or on one device `[A, B]`. `cut`: a GPU has room for the layers twice."""
+    """The batch after as many tokens as it takes until `enough_A` places of some arm are done, or all are; at most `turns` each. A row ends after
+    `new` tokens. `how` has the numbers of `Sampling`, `[B]`, or on one device `[A, B]`. `cut`: a GPU has room for the layers twice."""
     spread = layout.spread(
         functools.partial(_advance, config, layout, cut),
-        (WHOLE, ARMS, ARM_ROWS, ROWS, WHOLE, ARMS, WHOLE, WHOLE),
+        (WHOLE, ARMS, ARM_ROWS, ROWS, WHOLE, ARMS, WHOLE, WHOLE, WHOLE),
         ARM_ROWS,
     )
-    return _laid(config, layout, spread(params, adapters, batch, how, stop_E, enough_A, limits, jnp.int32(turns)))
+    counts = jnp.int32(new), jnp.int32(turns)
+    return _laid(config, layout, spread(params, adapters, batch, how, stop_E, enough_A, limits, *counts))
 
 
 def _advance(
@@ -268,6 +268,7 @@ def _advance(
     stop_E: Array,
     enough_A: Array,
     limits: Limits | None,
+    new: Array,
     turns: Array,
 ) -> Decoding:
     weights = _unstacked(config, params, cut)
@@ -290,7 +291,7 @@ def _advance(
             rings.append((kept.keys, kept.values))
         logits = decoder.logits(config, bound, decoder.final_norm(config, bound, h[:, 0]))
         drawn = batch.drawn + ~batch.done
-        ended = done_B | (drawn >= N)
+        ended = done_B | (drawn >= new)
         return Decoding(tuple(rings), logits, seen, slot_B + ~ended, drawn, ended, batch.keys, out, within)
 
     def going(batch: Decoding) -> Array:
@@ -303,17 +304,19 @@ def _advance(
     def turn(state: tuple[Array, Array, Decoding]) -> tuple[Array, Array, Decoding]:
         _, left, batch = state
         # Outside of what is mapped over arms: an index of each arm's own would give each arm a copy of the weights.
-        moved = jax.vmap(functools.partial(step, batch.drawn[0, 0]))(adapters, batch, *_choose(limits, batch, how))
+        moved = jax.vmap(functools.partial(step, batch.drawn[0, 0]))(adapters, batch, *_choose(limits, batch, how, new))
         return going(moved) & (left > 1), left - 1, moved
 
     return jax.lax.while_loop(lambda state: state[0], turn, (going(batch), turns, batch))[2]
 
 
-def _choose(limits: Limits | None, batch: Decoding, how: dict[str, Array]) -> tuple[Array, Within | None]:
+def _choose(
+    limits: Limits | None, batch: Decoding, how: dict[str, Array], new: Array
+) -> tuple[Array, Within | None]:
     """The next token of each row of all arms, and where the row then is in its format. A row that is done stays where it is. `how` is of the
     rows, for all arms or of each: `[B]` or `[A, B]`. All are one batch here: inside of what is mapped over arms every way to choose would be
     computed, for a branch cannot be one arm's alone."""
-    A, B, N = batch.out.shape
+    A, B = batch.done.shape
     flat = functools.partial(jax.tree.map, lambda x: x.reshape(A * B, *x.shape[2:]))
     apart = functools.partial(jax.tree.map, lambda x: x.reshape(A, B, *x.shape[1:]))
     how = flat({name: jnp.broadcast_to(x, (A, B)) for name, x in how.items()})
@@ -321,7 +324,7 @@ def _choose(limits: Limits | None, batch: Decoding, how: dict[str, Array]) -> tu
     keys = jax.random.wrap_key_data(keys)
     if limits is None or batch.within is None:
         return apart(choose(logits, seen, keys, drawn, how)), None
-    left = flat(jnp.where(batch.done, N, N - 1 - batch.drawn))
+    left = flat(jnp.where(batch.done, new, new - 1 - batch.drawn))
     token, within = choose_within(limits, flat(batch.within), logits, seen, keys, drawn, left, how)
     return apart(token), jax.tree.map(lambda old, new: jnp.where(batch.done, old, new), batch.within, apart(within))
 

@@ -16,10 +16,11 @@ import numpy as np
 
 from jsublim.inference import decoding
 from jsublim.inference.batching import (
-    LENGTH_STEP,
+    CACHE_STEP,
     MOST_ROWS,
     PROMPT_STEP,
     ROWS_EACH,
+    bucket,
     has_room_for_layers,
     line_tokens,
     lines_needed,
@@ -29,6 +30,7 @@ from jsublim.inference.batching import (
 from jsublim.inference.constrain import Limits
 from jsublim.inference.decoding import Decoding, Prompts
 from jsublim.inference.sampling import Sampling
+from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, at_every_layer, init_steering, stack_adapters
@@ -58,20 +60,22 @@ class BatchSizes:
     @classmethod
     def of(cls, config: ModelConfig, batch_size: int, devices: int, lengths: Sequence[int], samples: int) -> BatchSizes:
         """Of prompts of these lengths."""
-        count = len(lengths) * samples
-        B = round_up(min(batch_size, count), devices)
+        count, most = len(lengths) * samples, -(-batch_size // devices)
+        B = devices * bucket(min(most, -(-count // devices)), 1, most)
         # All at once where they are few, or a part of the batch whenever so many have ended: reading them is not interrupted.
         at_once = count <= min(B, FEW * devices)
         R = B if at_once else -(-B // REFILL)
         if samples > 1:  # a prompt is read again for each part of its samples: as few parts as can be
             R = max(R, min(B, samples))
         rows = -(-R // devices)
-        read = rows if samples == 1 else min(rows, 1 << (rows // samples + 1).bit_length(), len(lengths))
+        read = rows if samples == 1 else min(rows, 1 << (rows // samples + 1).bit_length(), bucket(len(lengths), 1, rows))
         some, longest = lengths[:MOST_ROWS], round_up(max(lengths), PROMPT_STEP)
         tokens = line_tokens(config, longest, lambda tokens: lines_needed(some, tokens))
-        needed, step = lines_needed(some, tokens) * read / len(some), -(-read // 8)
-        if not at_once and needed < read - step:
-            # Of few numbers, for each is a program; and rather too few lines than more than places have room for.
+        needed, step = lines_needed(some, tokens) * min(read, len(lengths)) / len(some), -(-read // 8)
+        # Of few numbers, for each is a program.
+        if at_once:
+            needed = bucket(math.ceil(needed), 1, read)
+        elif needed < read - step:  # rather too few lines than more than places have room for
             needed = max(1, needed // step) * step
         return cls(devices, B // devices, rows, read, min(read, math.ceil(needed)), tokens)
 
@@ -179,14 +183,16 @@ def generate_for_arms(
     sizes = BatchSizes.of(config, batch_size or ROWS_EACH * layout.data, layout.data, [*lengths.values()], samples)
     B, R = sizes.devices * sizes.places, sizes.devices * sizes.rows
     arms = [_Queue(sorted(numbers)) for numbers in wanted]
-    slots = round_up(P + max(lengths.values()) + max_new_tokens, LENGTH_STEP)
+    longest = P + max(lengths.values()) + max_new_tokens
+    decoder.check_length(config, longest)
+    slots = round_up(longest, CACHE_STEP)
     dtype = params["embed"]["weight"].dtype
-    batch = decoding.empty(config, A, B, slots, max_new_tokens, dtype, limits is not None, layout)
+    batch = decoding.empty(config, A, B, slots, dtype, limits is not None, layout)
     tokens_AP = layout.place_as(ARMS, np.tile(asked[0][:P], (A, 1)))
     begun = decoding.beginning(config, params, stacked, tokens_AP, layout) if P else None
     key = np.asarray(jax.random.key_data(jax.random.key(seed)))
     key, stop, limits = layout.place_as(WHOLE, (key, stop_array(sampling), limits))
-    numbers = layout.place_as(ROWS, sampling_arrays(sampling, B))
+    numbers, new = layout.place_as(ROWS, sampling_arrays(sampling, B)), layout.place_as(WHOLE, np.int32(max_new_tokens))
     limit, turns = device_bytes(), TURNS
     room = has_room_for_layers(config, dtype.itemsize, limit and limit * layout.model)
     while any(arm.waiting or arm.place for arm in arms):
@@ -199,7 +205,7 @@ def generate_for_arms(
         enough = np.asarray([B - len(arm.place) + R if arm.waiting else B + 1 for arm in arms], np.int32)
         began, most = time.monotonic(), layout.place_as(WHOLE, np.int32(turns))
         placed = layout.place_as(ARMS, enough)
-        batch = decoding.advance(config, params, stacked, batch, numbers, stop, placed, limits, layout, most, room)
+        batch = decoding.advance(config, params, stacked, batch, numbers, stop, placed, new, limits, layout, most, room)
         ended = _collect_finished(arms, batch, on_allowed, on_rows)
         leave_if_asked()
         all_drawn = bool((ended < enough).all() and (ended < B).any())  # so many tokens, and not fewer

@@ -25,6 +25,7 @@ from jsublim.inference.batching import (
     ROWS_EACH,
     Batches,
     branched,
+    bucket,
     chunks,
     fill,
     in_lines,
@@ -206,7 +207,8 @@ def score_answers(
     T = round_up(max(map(len, prompts)) + together * (longest - 1), LENGTH_STEP)
     C = round_up(together * longest, PREFIX_STEP)
     layout, params = Layout.under(params)
-    B = round_up(min(batch_size or ANSWERS_EACH * layout.data, len(rows)), layout.data)
+    most = batch_size or ANSWERS_EACH * layout.data
+    B = round_up(bucket(min(most, len(rows)), 1, most), layout.data)
     adapter, scores = _placed(config, layout, adapter), np.zeros((len(prompts), len(answers)))
     for part in chunks(len(rows), B):
         batch = [_beside_one_another(prompts[prompt], [answers[i] for i in group]) for prompt, group in rows[part]]

@@ -39,7 +39,7 @@ def bools(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def empty(rows: int, slots: int = 64, limited: bool = False):
-    return jax.eval_shape(lambda: decoding.empty(WIDE, 1, rows, slots, 8, "float32", limited))
+    return jax.eval_shape(lambda: decoding.empty(WIDE, 1, rows, slots, "float32", limited))
 
 
 def prefix(tokens: int, lead: tuple[int, ...] = ()):
@@ -67,7 +67,7 @@ def test_a_token_costs_a_product_with_every_weight_and_a_format_none(limits):
         for k, v in (("temperature", "f4"), ("top_k", "i4"), ("top_p", "f4"), ("repetition_penalty", "f4"))
     }
     jaxpr = jax.make_jaxpr(
-        lambda p, b: decoding.advance(WIDE, p, BASE, b, how, np.full(8, -2), np.ones(1, int), limits)
+        lambda p, b: decoding.advance(WIDE, p, BASE, b, how, np.full(8, -2), np.ones(1, int), 8, limits)
     )(PARAMS, empty(B, limited=limits is not None))
     (loop,) = [e for e in every_equation(jaxpr.jaxpr) if e.primitive.name == "while" and "dot_general" in str(e)]
     products = [e for e in every_equation(loop.params["body_jaxpr"].jaxpr) if e.primitive.name == "dot_general"]
@@ -82,9 +82,9 @@ def test_arms_share_the_weights_they_decode_with():
     how = {"temperature": "f4", "top_k": "i4", "top_p": "f4", "repetition_penalty": "f4"}
     numbers = {name: np.ones(B, kind) for name, kind in how.items()}
     adapter = jax.eval_shape(lambda: stack_adapters([init_lora(WIDE, jax.random.key(0), rank=2, alpha=2)] * arms))
-    batch = jax.eval_shape(lambda: decoding.empty(WIDE, arms, B, 64, 8, "float32"))
+    batch = jax.eval_shape(lambda: decoding.empty(WIDE, arms, B, 64, "float32"))
     jaxpr = jax.make_jaxpr(
-        lambda p, a, b: decoding.advance(WIDE, p, a, b, numbers, np.full(8, -2), np.ones(arms, int))
+        lambda p, a, b: decoding.advance(WIDE, p, a, b, numbers, np.full(8, -2), np.ones(arms, int), 8)
     )(PARAMS, adapter, batch)
     kernels = {tuple(sorted(shape)) for shape in projection_shapes(WIDE).values()}
     products = [e for e in every_equation(jaxpr.jaxpr) if e.primitive.name == "dot_general"]

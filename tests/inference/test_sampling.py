@@ -297,6 +297,7 @@ def test_one_program_decodes_and_one_reads_whatever_is_sampled(windowed):
         sample(PROMPTS[:6], how, seed=seed)
     assert programs() == (fills + 1, loops + 1)
     short = sample(PROMPTS[3:9], GREEDY, seed=7)
+    sample(PROMPTS[:6], PLAIN, seed=1, max_new_tokens=NEW - 5)
     assert programs() == (fills + 1, loops + 1)
     mixed = [prompt for pair in zip(PROMPTS[3:6], LONG, strict=True) for prompt in pair]
     found = sample(mixed, GREEDY, seed=7)

@@ -12,7 +12,6 @@ from peft_by_hand import load
 
 from jsublim.config import find_config
 from jsublim.errors import JsublimError
-from jsublim.inference.decoding import empty
 from jsublim.inference.generation import generate_tokens
 from jsublim.inference.sampling import Sampling
 from jsublim.models import hidden_states, read_config
@@ -66,8 +65,11 @@ def test_rows_beyond_what_longrope_is_read_for_are_refused(named_checkpoint):
         row, prefix = jnp.zeros((1, tokens), jnp.int32), (begun, begun) if before else None
         return jax.eval_shape(lambda: hidden_states(config, params, row, row == 0, prefix=prefix))
 
-    assert read(72, 0) and read(64, 8) and empty(config, 1, 1, 72, 9, jnp.float32)
-    for refused in (lambda: read(73, 0), lambda: read(64, 9), lambda: empty(config, 1, 1, 73, 9, jnp.float32)):
+    def draw(new: int):
+        return generate_tokens(config, params, [np.ones(64, np.int32)], Sampling(), max_new_tokens=new, seed=0)
+
+    assert read(72, 0) and read(64, 8)
+    for refused in (lambda: read(73, 0), lambda: read(64, 9), lambda: draw(9)):
         with pytest.raises(JsublimError, match=r"rows of 73 tokens.*original_max_position_embeddings, 72"):
             refused()
 
