@@ -20,7 +20,7 @@ from command import PLAIN, TWO_LAYERS, jsublim
 
 FIELDS = (
     f"model={TWO_LAYERS}", "teachers.counterfactuals=[cat,owl,panda]", "teachers.traits=[cat]", "teachers.control=false",
-    "data.num_prompts=6", "sampling.batch_size=3", "sampling.max_new_tokens=40", "scoring.batch_size=4",
+    "data.num_prompts=6", "sampling.batch_size=4", "sampling.max_new_tokens=40", "scoring.batch_size=4",
     "students.loss.tokens=[all,divergence]", "students.seeds=[1]", "students.data.rows=4", "students.data.epochs=4",
     "students.data.batch_size=2", "students.adapter.rank=2", "students.runtime.arms_per_program=2", "students.runtime.checkpoint_every=2",
     "evaluation.traits=[cat]", "evaluation.questions=2", "evaluation.samples=2", "evaluation.batch_size=4",

@@ -32,7 +32,7 @@ SMALL = {
 }  # fmt: skip
 
 
-DEPTH = {"score": {"depth": 2}, "score-uneven": {"depth": 2}}
+DEPTH = {stage: {"depth": 2} for stage in ("sample", "score", "score-uneven", "evaluate", "attribute")}
 
 
 @pytest.mark.parametrize("stage", SMALL)

@@ -10,10 +10,10 @@ import time
 
 import numpy as np
 import pytest
-from command import ROOT
+from command import ROOT, TWO_LAYERS
 
 from jsublim.inference import decoding, generation
-from jsublim.inference.lm import BUNDLED, load_model
+from jsublim.inference.lm import load_model
 from jsublim.inference.sampling import Sampling
 from jsublim.runtime.processes import Preempted, heeding_signals, leave_if_asked
 
@@ -22,7 +22,7 @@ MOST = 200  # tokens of an answer that nothing ends
 
 @pytest.fixture(scope="module")
 def lm():
-    return load_model(BUNDLED / "tiny-qwen2")
+    return load_model(TWO_LAYERS)
 
 
 def drawn(lm, **options):

@@ -28,7 +28,7 @@ from jsublim.distill.step import compile_step
 from jsublim.errors import UsageError
 from jsublim.forecast.topology import Topology
 from jsublim.inference import batching, decoding, generation, scoring
-from jsublim.inference.batching import CACHE_STEP, LENGTH_STEP, PREFIX_STEP, PROMPT_STEP, round_up
+from jsublim.inference.batching import LENGTH_STEP, PREFIX_STEP, PROMPT_STEP, round_up
 from jsublim.inference.sampling import Sampling
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Branches, Params, abstract_params
@@ -208,7 +208,7 @@ def _decoding(
     P = round_up(case.lengths.system, PROMPT_STEP) if samples == 1 else 0
     sizes = generation.BatchSizes.of(config, max(1, rows // A), layout.data, [prompt] * prompts, samples)
     B, read, filled, lines = (sizes.devices * n for n in (sizes.places, sizes.prompts, sizes.rows, sizes.lines))
-    slots, dtype = round_up(P + prompt + new, CACHE_STEP), jnp.dtype(case.experiment.dtype)
+    slots, dtype = decoding.cache_slots(config, P + prompt + new), jnp.dtype(case.experiment.dtype)
     params = case.placed_params(layout)
     batch = jax.eval_shape(lambda: decoding.empty(config, A, B, slots, dtype))
     batch = layout.shapes(batch, decoding.decoding_sharding(config, layout, batch))

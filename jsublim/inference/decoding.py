@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jsublim.inference.batching import branched
+from jsublim.inference.batching import CACHE_STEP, branched, round_up
 from jsublim.inference.batching import fill as fill_rows
 from jsublim.inference.constrain import Limits, Within, choose_within
 from jsublim.inference.sampling import choose
@@ -51,6 +51,12 @@ class Decoding(NamedTuple):
     keys: Array  # uint32 [B, 2], the data of each row's key
     out: Array  # int32 [B, N], the tokens drawn, -1 from the stop token on; as wide as the cache, so that no number of tokens is a program
     within: Within | None = None  # where rows are in their format; None where they are kept in none
+
+
+def cache_slots(config: ModelConfig, tokens: int) -> int:
+    """Slots of a cache for rows of at most so many tokens; a JsublimError where the model cannot read as many."""
+    decoder.check_length(config, tokens)
+    return round_up(tokens, CACHE_STEP)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "arms", "rows", "slots", "dtype", "limited", "layout"))
@@ -310,9 +316,7 @@ def _advance(
     return jax.lax.while_loop(lambda state: state[0], turn, (going(batch), turns, batch))[2]
 
 
-def _choose(
-    limits: Limits | None, batch: Decoding, how: dict[str, Array], new: Array
-) -> tuple[Array, Within | None]:
+def _choose(limits: Limits | None, batch: Decoding, how: dict[str, Array], new: Array) -> tuple[Array, Within | None]:
     """The next token of each row of all arms, and where the row then is in its format. A row that is done stays where it is. `how` is of the
     rows, for all arms or of each: `[B]` or `[A, B]`. All are one batch here: inside of what is mapped over arms every way to choose would be
     computed, for a branch cannot be one arm's alone."""

@@ -16,7 +16,6 @@ import numpy as np
 
 from jsublim.inference import decoding
 from jsublim.inference.batching import (
-    CACHE_STEP,
     MOST_ROWS,
     PROMPT_STEP,
     ROWS_EACH,
@@ -30,7 +29,6 @@ from jsublim.inference.batching import (
 from jsublim.inference.constrain import Limits
 from jsublim.inference.decoding import Decoding, Prompts
 from jsublim.inference.sampling import Sampling
-from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, at_every_layer, init_steering, stack_adapters
@@ -68,7 +66,9 @@ class BatchSizes:
         if samples > 1:  # a prompt is read again for each part of its samples: as few parts as can be
             R = max(R, min(B, samples))
         rows = -(-R // devices)
-        read = rows if samples == 1 else min(rows, 1 << (rows // samples + 1).bit_length(), bucket(len(lengths), 1, rows))
+        read = (
+            rows if samples == 1 else min(rows, 1 << (rows // samples + 1).bit_length(), bucket(len(lengths), 1, rows))
+        )
         some, longest = lengths[:MOST_ROWS], round_up(max(lengths), PROMPT_STEP)
         tokens = line_tokens(config, longest, lambda tokens: lines_needed(some, tokens))
         needed, step = lines_needed(some, tokens) * min(read, len(lengths)) / len(some), -(-read // 8)
@@ -183,16 +183,15 @@ def generate_for_arms(
     sizes = BatchSizes.of(config, batch_size or ROWS_EACH * layout.data, layout.data, [*lengths.values()], samples)
     B, R = sizes.devices * sizes.places, sizes.devices * sizes.rows
     arms = [_Queue(sorted(numbers)) for numbers in wanted]
-    longest = P + max(lengths.values()) + max_new_tokens
-    decoder.check_length(config, longest)
-    slots = round_up(longest, CACHE_STEP)
     dtype = params["embed"]["weight"].dtype
+    slots = decoding.cache_slots(config, P + max(lengths.values()) + max_new_tokens)
     batch = decoding.empty(config, A, B, slots, dtype, limits is not None, layout)
     tokens_AP = layout.place_as(ARMS, np.tile(asked[0][:P], (A, 1)))
     begun = decoding.beginning(config, params, stacked, tokens_AP, layout) if P else None
     key = np.asarray(jax.random.key_data(jax.random.key(seed)))
-    key, stop, limits = layout.place_as(WHOLE, (key, stop_array(sampling), limits))
-    numbers, new = layout.place_as(ROWS, sampling_arrays(sampling, B)), layout.place_as(WHOLE, np.int32(max_new_tokens))
+    everywhere = (key, stop_array(sampling), np.int32(max_new_tokens), limits)
+    key, stop, new, limits = layout.place_as(WHOLE, everywhere)
+    numbers = layout.place_as(ROWS, sampling_arrays(sampling, B))
     limit, turns = device_bytes(), TURNS
     room = has_room_for_layers(config, dtype.itemsize, limit and limit * layout.model)
     while any(arm.waiting or arm.place for arm in arms):
@@ -204,8 +203,8 @@ def generate_for_arms(
                 leave_if_asked()
         enough = np.asarray([B - len(arm.place) + R if arm.waiting else B + 1 for arm in arms], np.int32)
         began, most = time.monotonic(), layout.place_as(WHOLE, np.int32(turns))
-        placed = layout.place_as(ARMS, enough)
-        batch = decoding.advance(config, params, stacked, batch, numbers, stop, placed, new, limits, layout, most, room)
+        how = (numbers, stop, layout.place_as(ARMS, enough), new, limits, layout, most, room)
+        batch = decoding.advance(config, params, stacked, batch, *how)
         ended = _collect_finished(arms, batch, on_allowed, on_rows)
         leave_if_asked()
         all_drawn = bool((ended < enough).all() and (ended < B).any())  # so many tokens, and not fewer

@@ -242,7 +242,7 @@ def test_an_ablation_is_one_config(home):
         "teachers.control=false", "data.num_prompts=8", "sampling.batch_size=4", "sampling.max_new_tokens=40",
         "scoring.batch_size=4", "evaluation.batch_size=4", "students.loss.tokens=[all]", "students.seeds=[1]", "students.data.rows=4", "students.data.batch_size=2", "students.adapter.rank=2",
         "students.runtime.arms_per_program=auto", f"students.arms={json.dumps(arms)}", "evaluation.traits=[cat,owl]",
-        "evaluation.questions=1", "evaluation.samples=2", "evaluation.number_rows=0", "evaluation.teachers=false",
+        "evaluation.questions=2", "evaluation.samples=2", "evaluation.number_rows=0", "evaluation.teachers=false",
     )  # fmt: skip
     first = ok(*arguments)
     assert ": 1 of 1 students fit together" in first.err.replace("\n", " ")

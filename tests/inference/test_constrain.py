@@ -225,9 +225,7 @@ def test_one_program_serves_every_number_and_none_is_paid_for_without_a_format()
         sample(name, seed=9)
     assert programs() == before
     lm = subject()
-    shapes = [
-        jax.eval_shape(lambda on=on: decoding.empty(lm.config, 1, 2, 32, "float32", on)) for on in (False, True)
-    ]
+    shapes = [jax.eval_shape(lambda on=on: decoding.empty(lm.config, 1, 2, 32, "float32", on)) for on in (False, True)]
     assert shapes[0].within is None and len(jax.tree.leaves(shapes[1])) == len(jax.tree.leaves(shapes[0])) + 2
 
 
