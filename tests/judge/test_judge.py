@@ -6,6 +6,7 @@ import functools
 import json
 
 import pytest
+from command import TWO_LAYERS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -74,7 +75,7 @@ def test_scores_written_in_any_allowed_way_come_back(scores, data):
 
 @functools.cache
 def checkpoint():
-    return load_model("tiny-qwen2")
+    return load_model(TWO_LAYERS)
 
 
 def test_a_local_judge_answers_greedily_and_a_prompt_once():
@@ -97,7 +98,7 @@ def test_a_local_judge_reads_its_weights_when_it_is_asked_and_gives_them_back():
         loads.append(1)
         return checkpoint()
 
-    bare = load_model("tiny-qwen2", weights=False)
+    bare = load_model(TWO_LAYERS, weights=False)
     judge, awake = LocalJudge(bare, max_new_tokens=6, load=load), LocalJudge(checkpoint(), max_new_tokens=6)
     assert judge.identity == awake.identity and not loads
     assert judge.ask(["Hi"]) == judge.ask(["Hi"]) == awake.ask(["Hi"]) and len(loads) == 1
@@ -124,7 +125,7 @@ def test_a_kill_costs_a_local_judge_one_batch(tmp_path, monkeypatch, sampling):
             LocalJudge(checkpoint(), cache=cache, **fields).ask(prompts)
     assert len(list(tmp_path.rglob("*.json"))) == 2
     assert LocalJudge(checkpoint(), cache=cache, **fields).ask(prompts) == whole
-    bare = LocalJudge(load_model("tiny-qwen2", weights=False), cache=cache, **fields)
+    bare = LocalJudge(load_model(TWO_LAYERS, weights=False), cache=cache, **fields)
     assert bare.ask(prompts) == whole  # nothing is left to ask: no weights are needed
     assert len(list(tmp_path.rglob("*.json"))) == 5
 
@@ -136,7 +137,7 @@ def test_a_judge_that_is_asked_otherwise_shares_its_weights():
         loaded.append(checkpoint())
         return loaded[-1]
 
-    bare = load_model("tiny-qwen2", weights=False)
+    bare = load_model(TWO_LAYERS, weights=False)
     judge = LocalJudge(bare, drawn=Sampling(top_k=3, stop=(5,)), max_new_tokens=4, load=load)
     warm, told = judge.asked(1.5), judge.asked(0.0, "Be strict.")
     assert warm.sampling == Sampling(temperature=1.5, top_k=3, stop=(5,)) and told.sampling == judge.sampling
