@@ -58,12 +58,11 @@ def round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-def bucket(n: int, least: int, most: int, by: int = 2) -> int:
-    """The smallest of least, least x by, ... that is not below `n`, or `most`: few shapes are few programs."""
-    size = least
-    while size < n:
-        size *= by
-    return max(n, min(size, most))
+def few_sizes(n: int, most: int) -> int:
+    """`n` rows, or up to a quarter more, but at most `most`: each size is a program. Up to 8 a power of two, then one of four from one power to
+    the next."""
+    bits = (n - 1).bit_length()
+    return min(most, round_up(n, 1 << (bits - 3)) if n > 8 else 1 << bits)
 
 
 def chunks(count: int, size: int) -> Iterator[slice]:
@@ -91,7 +90,7 @@ def in_lines(lengths: np.ndarray, tokens: int, most: int, devices: int = 1) -> t
     most about `most` and divisible by the devices, and the batches. Few rows have a line each: what they would save is less than the
     compilation of another shape."""
     if len(lengths) <= FEW_LINES:
-        most = bucket(min(most, len(lengths)), 1, most)
+        most = few_sizes(min(most, len(lengths)), most)
         return round_up(most, devices), [(p.start, np.arange(p.stop - p.start)) for p in chunks(len(lengths), most)]
     some = lengths[:MOST_ROWS]
     needed = lines_needed(some, tokens) * len(lengths) / len(some)

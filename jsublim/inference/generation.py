@@ -19,7 +19,7 @@ from jsublim.inference.batching import (
     MOST_ROWS,
     PROMPT_STEP,
     ROWS_EACH,
-    bucket,
+    few_sizes,
     has_room_for_layers,
     line_tokens,
     lines_needed,
@@ -59,22 +59,22 @@ class BatchSizes:
     def of(cls, config: ModelConfig, batch_size: int, devices: int, lengths: Sequence[int], samples: int) -> BatchSizes:
         """Of prompts of these lengths."""
         count, most = len(lengths) * samples, -(-batch_size // devices)
-        B = devices * bucket(min(most, -(-count // devices)), 1, most)
+        B = devices * few_sizes(min(most, -(-count // devices)), most)
         # All at once where they are few, or a part of the batch whenever so many have ended: reading them is not interrupted.
         at_once = count <= min(B, FEW * devices)
         R = B if at_once else -(-B // REFILL)
         if samples > 1:  # a prompt is read again for each part of its samples: as few parts as can be
             R = max(R, min(B, samples))
         rows = -(-R // devices)
-        read = (
-            rows if samples == 1 else min(rows, 1 << (rows // samples + 1).bit_length(), bucket(len(lengths), 1, rows))
-        )
+        read = rows
+        if samples > 1:
+            read = min(rows, 1 << (rows // samples + 1).bit_length(), few_sizes(len(lengths), rows))
         some, longest = lengths[:MOST_ROWS], round_up(max(lengths), PROMPT_STEP)
         tokens = line_tokens(config, longest, lambda tokens: lines_needed(some, tokens))
         needed, step = lines_needed(some, tokens) * min(read, len(lengths)) / len(some), -(-read // 8)
         # Of few numbers, for each is a program.
         if at_once:
-            needed = bucket(math.ceil(needed), 1, read)
+            needed = few_sizes(math.ceil(needed), read)
         elif needed < read - step:  # rather too few lines than more than places have room for
             needed = max(1, needed // step) * step
         return cls(devices, B // devices, rows, read, min(read, math.ceil(needed)), tokens)

@@ -23,7 +23,7 @@ from jax import Array
 
 from jsublim.errors import JsublimError, one_line
 from jsublim.inference import decoding
-from jsublim.inference.batching import LENGTH_STEP, bucket, has_room_for_layers, pad_tokens
+from jsublim.inference.batching import LENGTH_STEP, has_room_for_layers, pad_tokens
 from jsublim.inference.generation import sampling_arrays, stop_array
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.sampling import Sampling
@@ -195,12 +195,12 @@ class Engine:
             placed.append((free.pop(0), job))
         if placed and self._adapters is None:
             self._adapters = self._stacked([job and job.model for job in self._jobs])
-        for T in sorted({bucket(len(job.prompt), LENGTH_STEP, self.length) for _, job in placed}):
-            members = [(at, job) for at, job in placed if bucket(len(job.prompt), LENGTH_STEP, self.length) == T]
+        for T in sorted({_bucket(len(job.prompt), LENGTH_STEP, self.length) for _, job in placed}):
+            members = [(at, job) for at, job in placed if _bucket(len(job.prompt), LENGTH_STEP, self.length) == T]
             self._fill(T, members)
 
     def _fill(self, T: int, members: Sequence[tuple[int, AnswerJob]]) -> None:
-        n = bucket(len(members), 1, self.slots, by=4)
+        n = _bucket(len(members), 1, self.slots, by=4)
         jobs, spare = [job for _, job in members], n - len(members)
         places = np.asarray([at for at, _ in members] + [self.slots] * spare)  # the last are in no place
         rows = np.asarray([[job.row] for job in jobs] + [[0]] * spare, np.int32)
@@ -255,7 +255,7 @@ class Engine:
         groups: dict[tuple[str, int], list[Reading]] = {}
         for reading in readings:
             if not reading.cancelled:
-                length = bucket(len(reading.tokens), LENGTH_STEP, self.length)
+                length = _bucket(len(reading.tokens), LENGTH_STEP, self.length)
                 groups.setdefault((reading.model, length), []).append(reading)
         for (name, length), members in groups.items():
             try:
@@ -273,7 +273,7 @@ class Engine:
                     reading.tell(told)
 
     def _read_together(self, name: str, length: int, members: Sequence[Reading]) -> None:
-        n = bucket(len(members), 1, TOGETHER, by=4)
+        n = _bucket(len(members), 1, TOGETHER, by=4)
         tokens, _ = pad_tokens([reading.tokens for reading in members], length, size=n)
         turns = [Turn(row, 1, 1, length) for row in tokens]  # what is added stands behind: no token sees it
         k = min(BEST, self.lm.config.vocab_size - 1)
@@ -292,6 +292,14 @@ def _widened(adapter: Adapter | None, config: ModelConfig, structure: Structure)
         lora[name] = adapter.with_rank(rank).lora.get(name, nothing)
     steering = nothing_added.steering if adapter.steering is None else adapter.steering
     return replace(nothing_added, lora=lora, steering=steering)
+
+
+def _bucket(n: int, least: int, most: int, by: int = 2) -> int:
+    """The smallest of least, least x by, ... that is not below n, or `most`: few shapes are few programs."""
+    size = least
+    while size < n:
+        size *= by
+    return max(n, min(size, most))
 
 
 @jax.jit

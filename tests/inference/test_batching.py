@@ -8,10 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jsublim.config import find_config
-from jsublim.inference.batching import LONGEST, chunks, fill, in_lines, pad_tokens, round_up, rows_together
+from jsublim.inference.batching import LONGEST, chunks, few_sizes, fill, in_lines, pad_tokens, round_up, rows_together
 from jsublim.models import read_config
 
 ROWS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+
+
+def test_rows_have_few_sizes_little_larger_than_they_are():
+    sizes = {n: few_sizes(n, 10_000) for n in range(1, 1025)}
+    assert all(n <= size <= (1.25 * n if n > 8 else 2 * n - 1) for n, size in sizes.items())
+    assert len({*sizes.values()}) == 4 + 7 * 4  # a power of two up to 8, then four a doubling
+    assert few_sizes(5, 6) == 6 and few_sizes(100, 100) == 100
 
 
 @given(n=st.integers(0, 300), step=st.integers(1, 64))
