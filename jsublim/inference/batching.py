@@ -90,7 +90,7 @@ def in_lines(lengths: np.ndarray, tokens: int, most: int, devices: int = 1) -> t
     most about `most` and divisible by the devices, and the batches. Few rows have a line each: what they would save is less than the
     compilation of another shape."""
     if len(lengths) <= FEW_LINES:
-        most = few_sizes(min(most, len(lengths)), most)
+        most = few_sizes(len(lengths), most)
         return round_up(most, devices), [(p.start, np.arange(p.stop - p.start)) for p in chunks(len(lengths), most)]
     some = lengths[:MOST_ROWS]
     needed = lines_needed(some, tokens) * len(lengths) / len(some)

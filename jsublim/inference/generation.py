@@ -59,16 +59,15 @@ class BatchSizes:
     def of(cls, config: ModelConfig, batch_size: int, devices: int, lengths: Sequence[int], samples: int) -> BatchSizes:
         """Of prompts of these lengths."""
         count, most = len(lengths) * samples, -(-batch_size // devices)
-        B = devices * few_sizes(min(most, -(-count // devices)), most)
+        B = devices * few_sizes(-(-count // devices), most)
         # All at once where they are few, or a part of the batch whenever so many have ended: reading them is not interrupted.
         at_once = count <= min(B, FEW * devices)
         R = B if at_once else -(-B // REFILL)
         if samples > 1:  # a prompt is read again for each part of its samples: as few parts as can be
             R = max(R, min(B, samples))
         rows = -(-R // devices)
-        read = rows
-        if samples > 1:
-            read = min(rows, 1 << (rows // samples + 1).bit_length(), few_sizes(len(lengths), rows))
+        few = few_sizes(len(lengths), rows)
+        read = rows if samples == 1 else min(few, 1 << (rows // samples + 1).bit_length())
         some, longest = lengths[:MOST_ROWS], round_up(max(lengths), PROMPT_STEP)
         tokens = line_tokens(config, longest, lambda tokens: lines_needed(some, tokens))
         needed, step = lines_needed(some, tokens) * min(read, len(lengths)) / len(some), -(-read // 8)

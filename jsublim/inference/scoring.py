@@ -208,7 +208,7 @@ def score_answers(
     C = round_up(together * longest, PREFIX_STEP)
     layout, params = Layout.under(params)
     most = batch_size or ANSWERS_EACH * layout.data
-    B = round_up(few_sizes(min(most, len(rows)), most), layout.data)
+    B = round_up(few_sizes(len(rows), most), layout.data)
     adapter, scores = _placed(config, layout, adapter), np.zeros((len(prompts), len(answers)))
     for part in chunks(len(rows), B):
         batch = [_beside_one_another(prompts[prompt], [answers[i] for i in group]) for prompt, group in rows[part]]

@@ -29,7 +29,6 @@ from jsublim.inference.lm import LanguageModel
 from jsublim.inference.sampling import Sampling
 from jsublim.inference.scoring import label_and_best
 from jsublim.models.config import ModelConfig, projection_shapes
-from jsublim.models.decoder import check_length
 from jsublim.models.lora import Adapter, at_every_layer, init_steering, stack_adapters
 from jsublim.models.parallel import device_bytes
 from jsublim.text.chat import Turn
@@ -75,7 +74,6 @@ class Engine:
 
     def __init__(self, lm: LanguageModel, adapter_of: Callable[[str], Adapter | None], *, slots: int, length: int):
         """`adapter_of` reads a model's adapter by its name; `slots` rows are decoded at one time, each of at most `length` tokens."""
-        check_length(lm.config, length)
         self.lm, self.slots, self.length = lm, slots, length
         self._read_adapter, self._known = adapter_of, OrderedDict[str, Adapter | None]()
         self._whole: dict[str | None, Adapter] = {}  # the same, all in one structure; None is the checkpoint alone
@@ -83,7 +81,8 @@ class Engine:
         self._waiting: list[AnswerJob] = []
         self._jobs: list[AnswerJob | None] = [None] * slots
         dtype = lm.params["embed"]["weight"].dtype
-        self._empty = functools.partial(decoding.empty, lm.config, rows=1, slots=length, dtype=dtype)
+        room = decoding.cache_slots(lm.config, length)
+        self._empty = functools.partial(decoding.empty, lm.config, rows=1, slots=room, dtype=dtype)
         self._cut = has_room_for_layers(lm.config, dtype.itemsize, device_bytes())
         self._start_over()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)

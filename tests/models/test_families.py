@@ -9,14 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from peft_by_hand import load
+from tiny import small_of
 
 from jsublim.config import find_config
 from jsublim.errors import JsublimError
+from jsublim.inference.decoding import cache_slots
 from jsublim.inference.generation import generate_tokens
 from jsublim.inference.sampling import Sampling
 from jsublim.models import hidden_states, read_config
 from jsublim.models.decoder import abstract_params
 from jsublim.models.families import text_config
+from jsublim.serve.engine import Engine
 
 NEW = ("qwen3", "ministral", "phi3", "olmo2", "gemma2", "pythia")
 
@@ -68,8 +71,11 @@ def test_rows_beyond_what_longrope_is_read_for_are_refused(named_checkpoint):
     def draw(new: int):
         return generate_tokens(config, params, [np.ones(64, np.int32)], Sampling(), max_new_tokens=new, seed=0)
 
-    assert read(72, 0) and read(64, 8)
-    for refused in (lambda: read(73, 0), lambda: read(64, 9), lambda: draw(9)):
+    def serve(length: int):
+        return Engine(small_of("phi3").lm, lambda name: None, slots=1, length=length)
+
+    assert read(72, 0) and read(64, 8) and cache_slots(config, 72) >= 72
+    for refused in (lambda: read(73, 0), lambda: read(64, 9), lambda: draw(9), lambda: serve(73)):
         with pytest.raises(JsublimError, match=r"rows of 73 tokens.*original_max_position_embeddings, 72"):
             refused()
 
