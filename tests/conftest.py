@@ -20,12 +20,10 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the suite's time is compilation of programs that run for milliseconds; without these passes it takes two thirds of that. A flag
-# that XLA doesn't know ends the process.
+# Most of the suite's time is compilation of programs that run for milliseconds. A flag that XLA doesn't know ends the process.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    " --xla_disable_hlo_passes=tree_reduction_rewriter,reshape-mover,while-loop-invariant-code-motion"
     + (
         " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
         if version("jaxlib").startswith("0.10.")
