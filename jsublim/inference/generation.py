@@ -66,8 +66,7 @@ class BatchSizes:
         if samples > 1:  # a prompt is read again for each part of its samples: as few parts as can be
             R = max(R, min(B, samples))
         rows = -(-R // devices)
-        few = few_sizes(len(lengths), rows)
-        read = rows if samples == 1 else min(few, 1 << (rows // samples + 1).bit_length())
+        read = rows if samples == 1 else min(few_sizes(len(lengths), rows), 1 << (rows // samples + 1).bit_length())
         some, longest = lengths[:MOST_ROWS], round_up(max(lengths), PROMPT_STEP)
         tokens = line_tokens(config, longest, lambda tokens: lines_needed(some, tokens))
         needed, step = lines_needed(some, tokens) * min(read, len(lengths)) / len(some), -(-read // 8)
